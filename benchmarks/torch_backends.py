@@ -2,16 +2,18 @@
 
     hpccomm-run -n 2 -m benchmarks.torch_backends --json torch-p2.json
     hpccomm-run -n 4 -m benchmarks.torch_backends --rounds 3 --largest 65536
+    python -m benchmarks.torch_backends --page torch-p2.json torch-p4.json --plot torch.svg
 
 *One launch, groups interleaved.*  A round measures every group once, each after a barrier, in an order that changes;
 the slowest rank counts.  The null is a second group of hpccomm: its ratio to the first one is what noise alone does.
-``--page`` writes the tables of some files as they stand in the documentation.
+``--page`` prints the tables of some files, of every fourth size, as the documentation shows them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -77,13 +79,42 @@ def table(results: list[dict[str, Any]]) -> str:
     """One launch: gloo's time by ours round by round, its median and worst, and the worst of the null's."""
     lines = []
     for row in results:
-        ours, null, gloo = (row["seconds"][name] for name in ("hpccomm", "null", "gloo"))
-        gains, nulls = harness.ratios(gloo, ours), harness.ratios(null, ours)
+        if row["bytes"] and math.log2(row["bytes"]) % 4 != 2:
+            continue
+        ours, gloo = (row["seconds"][name] for name in ("hpccomm", "gloo"))
+        gains, nulls = harness.ratios(gloo, ours), null_ratios(row)
         times = [f"{median(each) * 1e6:.4g}" for each in (ours, gloo)]
         size = f"{row['bytes']}" if row["bytes"] else ""
         lines.append([row["call"], size, *times, f"**{median(gains):.3g}**", f"{min(gains):.3g}", f"{min(nulls):.2f}"])
     head = ["call", "bytes", "hpccomm, µs", "gloo, µs", "gloo / hpccomm", "worst round", "worst null"]
-    return f"{results[0]['ranks']} ranks\n\n{harness.table(head, lines, words=1)}"
+    return f"## {results[0]['ranks']} ranks\n\n{harness.table(head, lines, words=1)}"
+
+
+def draw(launches: list[list[dict[str, Any]]], out: Path) -> None:
+    """Gloo's time by ours against the size, and the range of the null."""
+    figure, axes = harness.panels(9, 3.6, columns=len(launches), sharey=True)
+    for axis, results in zip(axes[0], launches, strict=True):
+        sized = [row for row in results if row["bytes"]]
+        sizes = sorted({row["bytes"] for row in sized})
+        for name in dict.fromkeys(row["call"] for row in sized):
+            seconds = [row["seconds"] for row in sized if row["call"] == name]
+            gains = [median(harness.ratios(each["gloo"], each["hpccomm"])) for each in seconds]
+            axis.plot(sizes, gains, marker="o", markersize=3, label=name)
+        nulls = [[r for row in sized if row["bytes"] == n for r in null_ratios(row)] for n in sizes]
+        axis.fill_between(sizes, [min(each) for each in nulls], [max(each) for each in nulls], alpha=0.2, label="null")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="bytes", title=f"{results[0]['ranks']} ranks")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("gloo / hpccomm, median")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False
+    )
+    harness.save(figure, out)
+
+
+def null_ratios(row: dict[str, Any]) -> list[float]:
+    """The second group's time by the first one's, round by round."""
+    return harness.ratios(row["seconds"]["null"], row["seconds"]["hpccomm"])
 
 
 def main() -> None:
@@ -92,9 +123,13 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=64 << 20, help="bytes of the longest vector")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path, nargs="+", help="print the tables of these files and measure nothing")
+    parser.add_argument("--plot", type=Path, help="with --page: draw the ratios of all sizes into this file")
     args = parser.parse_args()
     if args.page:
-        print("\n\n".join(table(json.loads(file.read_text())) for file in args.page))
+        launches = [json.loads(file.read_text()) for file in args.page]
+        harness.emit(*map(table, launches))
+        if args.plot:
+            draw(launches, args.plot)
         return
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 project = "hpccomm"
 author = "the hpccomm developers"
+html_show_copyright = False
 release = importlib.metadata.version("hpccomm")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
 highlight_language = "none"
+pygments_dark_style = "github-dark"
 html_title = f"hpccomm {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -25,6 +27,7 @@ html_theme_options = {
     "dark_css_variables": {"color-brand-primary": "#5ab0ee", "color-brand-content": "#5ab0ee"},
 }
 myst_enable_extensions = ["colon_fence", "attrs_block"]
+viewcode_follow_imported_members = False
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

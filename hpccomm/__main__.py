@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from hpccomm import HpccommError, __version__
-from hpccomm.arguments import Parser
+from hpccomm.arguments import Parser, commands_of
 
 COMMANDS = {
     "bench": "measure collectives and messages, in OSU's or nccl-tests' format",
@@ -63,13 +64,12 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     The first rank that exits with an error ends the others.  Another rank with an error therefore waits for rank 0 to
     print it, and prints its own if rank 0 has none.
     """
-    chosen = next((word for word in words if not word.startswith("-")), None)
     if all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES):
-        return parser(chosen).parse_args(words)
+        return parse_words(words)
     with io.StringIO() as output:
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(output):
-                return parser(chosen).parse_args(words)
+                return parse_words(words)
         except SystemExit as end:
             if end.code:
                 time.sleep(RANK_0_SECONDS)
@@ -77,26 +77,81 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
             raise
 
 
+def parse_words(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments; an error is that of the chosen command."""
+    made = parser(next((word for word in words if not word.startswith("-")), None))
+    args, unknown = made.parse_known_args(words)
+    if unknown:
+        commands_of(made)[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = parse_arguments(list(sys.argv[1:] if argv is None else argv))
-    status, sentence = 1, ""
+    status, sentence, prog = 1, "", "hpccomm"
     os.environ.setdefault("HPCCOMM_COMPILE", "wait")  # commands measure or show what programs get in the end
+    prepare_output()
     try:
+        args = parse_arguments(list(sys.argv[1:] if argv is None else argv))
+        prog = f"hpccomm {args.command}"
         status = int(args.run(args))
-    except (HpccommError, ImportError, RuntimeError) as error:
-        sentence = f"hpccomm {args.command}: {explain(error)}\n"
-    except KeyboardInterrupt:
+        sys.stdout.flush()
+    except (KeyboardInterrupt, EOFError):  # Ctrl-C, or Ctrl-D where a question was asked
         return leave_quietly()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        leave_reader()
+    except (HpccommError, ImportError, RuntimeError, OSError, MemoryError) as error:
+        sentence = f"{prog}: {explain(error)}\n"
+    except SystemExit:  # help, or an error in the arguments
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            leave_reader()
+        raise
     if status and not exit_together(sentence):
         sys.stderr.write(sentence)
     return status
 
 
+def prepare_output() -> None:
+    """A character that cannot be encoded is written as an escape sequence; what is written to a closed stream is lost.
+
+    Both would be errors in Python.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def leave_reader() -> None:
+    """The reader, such as ``head``, has seen enough: what is left to write goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+CURES = {
+    errno.ENOENT: "give the path of a file or folder that exists",
+    errno.EISDIR: "give a file, not a folder",
+    errno.ENOTDIR: "give a folder, not a file",
+    errno.EACCES: "choose a place that you may read and write",
+    errno.EPERM: "choose a place that you may read and write",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENOSPC: "make room there, or choose another place",
+    errno.EDQUOT: "make room there, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files, ulimit -n",
+}
+"""What to do about errors of the system."""
+
+
 def explain(error: Exception) -> str:
     """The sentence of an error; raises an error that is not for users."""
+    if isinstance(error, MemoryError):
+        return f"{error or 'there is not enough memory'}: use fewer ranks or smaller sizes"
+    if isinstance(error, OSError) and error.errno in CURES:
+        return f"{error.filename or 'a file'}: {error.strerror}: {CURES[error.errno]}"
     if "mpi4py.MPI" not in sys.modules and not isinstance(error, HpccommError):
         from hpccomm.launcher import library
 

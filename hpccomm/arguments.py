@@ -13,11 +13,27 @@ LIKENESS = 0.6
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors end with the word that was probably meant."""
+    """A parser whose errors are one line, with the word that was probably meant and the command that lists all."""
 
     def error(self, message: str) -> NoReturn:
         """Print the error and end with status 2."""
-        super().error(message + describe_meant(message, self))
+        self.exit(2, f"{self.prog}: {explain(message, self)} ({self.prog} --help)\n")
+
+
+def explain(message: str, parser: argparse.ArgumentParser) -> str:
+    """An argparse error in words of a user, and what was probably meant."""
+    for pattern, words in PLAIN_WORDS:
+        message = re.sub(pattern, words, message)
+    return message + describe_meant(message, parser)
+
+
+PLAIN_WORDS = (
+    (r"^argument (\S+): invalid int value: (.*)$", r"\1 \2: give a whole number"),
+    (r"^argument (\S+): invalid float value: (.*)$", r"\1 \2: give a number"),
+    (r"^argument (\S+): expected one argument$", r"\1 needs a value behind it"),
+    (r"^the following arguments are required: ", "missing: "),
+)
+"""Sentences of argparse that name no remedy, and ours."""
 
 
 def describe_meant(message: str, parser: argparse.ArgumentParser) -> str:

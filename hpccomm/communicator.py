@@ -21,16 +21,17 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
+from hpccomm.calls.blocks import NONE, SIGNATURES
 from hpccomm.calls.bounce_buffers import BounceBuffers
-from hpccomm.calls.buffers import hold, pad_last
+from hpccomm.calls.buffers import hold, pad_last, read_integers
 from hpccomm.calls.consistency import claim_report
-from hpccomm.calls.entry import COLLECTIVES, Doors, Key
+from hpccomm.calls.entry import COLLECTIVES, FREED, Doors, Key, refuse
 from hpccomm.calls.plans import Plan, call_key
+from hpccomm.calls.reader import is_in_place
 from hpccomm.calls.watchdog import FLUSH_SECONDS, list_waiting
 from hpccomm.context import Context, Once, PlanCache, context_of, unwrap
-from hpccomm.errors import ArgumentError, HpccommError, MismatchError
+from hpccomm.errors import ArgumentError, HpccommError, LaunchError, MismatchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
@@ -38,7 +39,7 @@ from hpccomm.observe import timeline
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import COMPARED as OBJECT_CALLS
 from hpccomm.pickled import compare_objects, install
-from hpccomm.planner import Planner, is_in_place
+from hpccomm.planner import Planner
 from hpccomm.progress import Queue, drive_all
 from hpccomm.requests import COMPARED, compare_at_init, start_beside
 
@@ -112,6 +113,8 @@ class Communicator(MPI.Intracomm):
     def __new__(
         cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py"
     ) -> Communicator:
+        if comm:
+            check_world()
         kind = OURS[type(unwrap(comm))] if cls is Communicator and isinstance(comm, MPI.Topocomm) else cls
         self: Communicator = MPI.Intracomm.__new__(kind, comm)  # Python allows no other in a class with two bases
         if pickle not in PICKLES:
@@ -125,7 +128,6 @@ class Communicator(MPI.Intracomm):
         self._planner = Planner(self)
         self._levels = {}
         if comm is not None and comm != MPI.COMM_NULL:
-            check_world()
             install_abort_hook()
             self._context = context_of(self)
             drive_all()
@@ -153,6 +155,8 @@ class Communicator(MPI.Intracomm):
         if self._queue is not None:
             self._queue.let_pass()
         if self._context is None:
+            if self == MPI.COMM_NULL:
+                raise ArgumentError(FREED)
             self._context = context_of(self)
         return self._context
 
@@ -237,11 +241,11 @@ class Communicator(MPI.Intracomm):
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
         """Valid values of ``algorithm=`` for ``"allreduce"``, ``"bcast"``, …."""
-        return self._own_context.names(collective)
+        return self._planner.names(collective)
 
     def explain(self, collective: str, nbytes: int, dtype: str = "f4") -> Choice:
         """The algorithm selected for a call of ``nbytes`` bytes, and the reason."""
-        names = self.context.names(collective)[1:]
+        names = self._planner.names(collective)[1:]
         return self._planner.decide(collective, nbytes, dtype, names, f"rank {self.rank}: {collective}")
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = "f4") -> npt.NDArray[Any]:
@@ -267,55 +271,12 @@ class Communicator(MPI.Intracomm):
         made[...] = x
         return made
 
-    # Used by hpccomm.functional
-
-    def device_array(self, x: Any, name: str, stream: Any = None) -> DeviceArray:
-        """Address, shape, dtype and streams of an array on a device; ``name`` is the calling function, for errors."""
-        return self._device_planner.operand_of(x, name, stream).array
-
-    def empty_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """A new array on the device in C order, of ``x``'s library if that is supported."""
-        return self._device_planner.staging.device.allocate_like(x, shape, dtype)
-
-    def divide(self, x: Any) -> None:
-        """Divide an array of float32 or float64 on the device by the number of ranks."""
-        self._device_planner.divide(x)
-
-    def call_on_host(self, name: str, x: Any, function: Callable[[Any], Any], stream: Any = None) -> Any:
-        """Apply a host function to a copy of a device array, and copy the result to the device.
-
-        ``name`` is the collective of the consistency check; an empty name skips the check.
-        """
-        return self._device_planner.call_on_host(name, x, function, stream)
-
     def device_transports(self) -> dict[str, str]:
         """Each transport for arrays on a CUDA device: ``yes``, or ``no`` and the reason (the first use is collective).
 
         Raises TransportError on all ranks if ``HPCCOMM_GPU_TRANSPORT`` names a transport that does not work.
         """
         return self._device_planner.transports.describe()
-
-    # Communicators made from this one, as mpi4py makes them; what yields an intracommunicator yields one of ours
-
-    Dup = keep_ours(MPI.Intracomm.Dup)
-    Clone = keep_ours(MPI.Intracomm.Clone)
-    Dup_with_info = keep_ours(MPI.Intracomm.Dup_with_info)
-    Idup = keep_ours(MPI.Intracomm.Idup)
-    Idup_with_info = keep_ours(MPI.Intracomm.Idup_with_info)
-    Split = keep_ours(MPI.Intracomm.Split)
-    Split_type = keep_ours(MPI.Intracomm.Split_type)
-    Create = keep_ours(MPI.Intracomm.Create)
-    Create_group = keep_ours(MPI.Intracomm.Create_group)
-    Create_cart = keep_ours(MPI.Intracomm.Create_cart)
-    Create_graph = keep_ours(MPI.Intracomm.Create_graph)
-    Create_dist_graph = keep_ours(MPI.Intracomm.Create_dist_graph)
-    Create_dist_graph_adjacent = keep_ours(MPI.Intracomm.Create_dist_graph_adjacent)
-    Create_intercomm = keep_ours(MPI.Intracomm.Create_intercomm)
-    Spawn = keep_ours(MPI.Intracomm.Spawn)
-    Spawn_multiple = keep_ours(MPI.Intracomm.Spawn_multiple)
-    Accept = keep_ours(MPI.Intracomm.Accept)
-    Connect = keep_ours(MPI.Intracomm.Connect)
-    Shrink = keep_ours(MPI.Intracomm.Shrink)
 
     @classmethod
     def Create_from_group(cls, *args: Any, **named: Any) -> Communicator:
@@ -326,11 +287,13 @@ class Communicator(MPI.Intracomm):
         """Free the communicator and its context (collective)."""
         self._release()
         super().Free()
+        self._doors.close(refuse)
 
     def Disconnect(self) -> None:
         """Complete all pending messages, then free as :meth:`Free` does (collective)."""
         self._release()
         super().Disconnect()
+        self._doors.close(refuse)
 
     def _release(self) -> None:
         if self._queue is not None:
@@ -347,39 +310,36 @@ class Communicator(MPI.Intracomm):
     # Calls that the compiled entry has not taken
 
     def _run_uncached(
-        self,
-        code: int,
-        name: str,
-        buffers: tuple[Any, Any],
-        call: Callable[..., None],
-        rest: tuple[Any, ...],
-        receives: bool = True,
+        self, code: int, name: str, buffers: tuple[Any, ...], rest: tuple[Any, ...], stream: Any = None
     ) -> None:
         """Run a call that its door has answered with ``code``: by a plan for its memory, bounce buffers or a new plan.
 
-        ``call(sendbuf, recvbuf, *rest)`` makes the call on other buffers; ``rest`` ends with the algorithm.  A rank
-        that does not ``receive`` ignores ``recvbuf``.
+        ``rest`` are the arguments of its signature, and at last the algorithm.
         """
         if code < NOT_MINE:
             self.plans.entry.resume(code)  # type: ignore[union-attr]
             return None
+        if stream is not None:
+            buffers = self._planner.attach_stream(stream, *buffers)
         with self.context.call(name, *buffers) as recorded:
             self._prepare(name)
             kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
             padded = [pad_last(each) for each in buffers]
             if any(padded):
-                return run_padded(call, buffers, padded, rest)
+                return run_padded(partial(self._repeat, name), buffers, padded, rest)
             marks = tuple(operations.key_of(each) if isinstance(each, MPI.Op) else each for each in rest)
             key = kind or (None if None in rest[:-1] else call_key(name, *buffers, *marks))
-            if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
-                return call(hold(sendbuf), hold(recvbuf), *rest)
-            bound = self._find_plan(key)
+            held = hold(sendbuf), hold(recvbuf)
+            if key is None and not (held[0] is sendbuf and held[1] is recvbuf):
+                return self._repeat(name, *held, *rest)
+            bound = self.plans.plans.get(key) if key is not None else None
             if bound is None:
-                into = recvbuf if receives else None
-                if key is not None and self._bounce_buffers.run((name, *marks), call, sendbuf, into, rest):
+                root = dict(zip(SIGNATURES[name].arguments, rest, strict=False)).get("root")
+                _, into = self._planner.reader.significant(name, sendbuf, recvbuf, root)
+                again = partial(self._repeat, name)
+                if key is not None and self._bounce_buffers.run((name, *marks), again, sendbuf, into, rest):
                     return None
-                bind = getattr(self._planner_of(sendbuf, into), name.lower())
-                bound = self._bind(kind, bind, key, sendbuf, recvbuf, *rest)
+                bound = self._bind(kind, key, self._planner_of(sendbuf, into), name, sendbuf, recvbuf, *rest)
             recorded.describe(bound.text)
             if key is not None:
                 return bound.run()
@@ -387,6 +347,36 @@ class Communicator(MPI.Intracomm):
                 return bound.run()
             finally:
                 bound.free()
+
+    def _repeat(self, name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> None:
+        """Make a call on other buffers."""
+        form = SIGNATURES[name]
+        buffers = (recvbuf,) if form.send == NONE else (sendbuf, recvbuf)
+        getattr(self, name)(*buffers, *(rest if form.family else rest[:-1]))
+
+    def _run_reduction(
+        self,
+        code: int,
+        name: str,
+        buffers: tuple[Any, ...],
+        arguments: dict[str, Any],
+        algorithm: str | None,
+        reproducible: bool,
+        stream: Any,
+    ) -> None:
+        """Run a reduction that its door has answered with ``code``; ``arguments`` are those of its signature."""
+        op = arguments["op"]
+        if stream is not None:
+            buffers = self._planner.attach_stream(stream, *buffers)
+        if type(op) is not MPI.Op:
+            arguments |= {"algorithm": algorithm, "reproducible": reproducible}
+            return run_named(self, name, arguments.pop("op"), *buffers, **arguments)
+        if "root" in arguments:
+            arguments["root"] = self._planner.reader.check_root(arguments["root"], f"rank {self.rank}: {name}")
+        values = tuple(arguments.values())
+        if reproducible and self._run_reproducible(name, buffers, values, op):
+            return None
+        return self._run_uncached(code, name, buffers, (*values, algorithm))
 
     def _read_kind(self, code: int) -> Key | None:
         """What the door has read of the call that it has answered with ``code``, if it takes such calls once bound."""
@@ -396,9 +386,9 @@ class Communicator(MPI.Intracomm):
         entry.check_interrupted()
         return entry.key() if code == MISS else None
 
-    def _bind(self, kind: Key | None, bind: Callable[..., Plan], *arguments: Any) -> Plan:
+    def _bind(self, kind: Key | None, key: Hashable, planner: Planner, *call: Any) -> Plan:
         """Bind a plan, and let the door take later calls of its kind."""
-        plan = bind(*arguments)
+        plan = planner.bind(key, *call)
         if kind and plan.row:
             self.plans.entry.insert(kind, plan.row, plan.text)  # type: ignore[union-attr]
         return plan
@@ -459,15 +449,8 @@ class Communicator(MPI.Intracomm):
             return None
         if code > MISS:
             return self._run_native(code, "Allreduce", sendbuf, recvbuf, op)
-        if stream is not None:
-            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
-        if type(op) is not MPI.Op:
-            rest: dict[str, Any] = {"algorithm": algorithm, "reproducible": reproducible}
-            return run_named(self, "Allreduce", op, sendbuf, recvbuf, **rest)
-        if reproducible and self._run_reproducible("Allreduce", (sendbuf, recvbuf), (op,), op):
-            return None
         buffers = sendbuf, recvbuf
-        return self._run_uncached(code, "Allreduce", buffers, self.Allreduce, (op, algorithm))
+        return self._run_reduction(code, "Allreduce", buffers, {"op": op}, algorithm, reproducible, stream)
 
     def Allreduce_view(self, buf: npt.NDArray[Any], op: MPI.Op | str = MPI.SUM) -> npt.NDArray[Any]:
         """Reduce registered arrays over all ranks into one result that the ranks of a node share.
@@ -501,16 +484,8 @@ class Communicator(MPI.Intracomm):
             return None
         if code > MISS:
             return self._run_native(code, "Reduce", sendbuf, recvbuf, op, root)
-        if stream is not None:
-            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
-        if type(op) is not MPI.Op:
-            rest: dict[str, Any] = {"root": root, "algorithm": algorithm, "reproducible": reproducible}
-            return run_named(self, "Reduce", op, sendbuf, recvbuf, **rest)
-        if reproducible and self._run_reproducible("Reduce", (sendbuf, recvbuf), (op, root), op):
-            return None
-        root = self._planner.check_root(root, f"rank {self.rank}: Reduce")
-        buffers, arguments = (sendbuf, recvbuf), (op, root, algorithm)
-        return self._run_uncached(code, "Reduce", buffers, self.Reduce, arguments, self.rank == root)
+        buffers = sendbuf, recvbuf
+        return self._run_reduction(code, "Reduce", buffers, {"op": op, "root": root}, algorithm, reproducible, stream)
 
     def Reduce_scatter_block(
         self,
@@ -527,15 +502,8 @@ class Communicator(MPI.Intracomm):
             return None
         if code > MISS:
             return self._run_native(code, "Reduce_scatter_block", sendbuf, recvbuf, op)
-        if stream is not None:
-            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
-        if type(op) is not MPI.Op:
-            rest: dict[str, Any] = {"algorithm": algorithm, "reproducible": reproducible}
-            return run_named(self, "Reduce_scatter_block", op, sendbuf, recvbuf, **rest)
-        if reproducible and self._run_reproducible("Reduce_scatter_block", (sendbuf, recvbuf), (op,), op):
-            return None
         buffers = sendbuf, recvbuf
-        return self._run_uncached(code, "Reduce_scatter_block", buffers, self.Reduce_scatter_block, (op, algorithm))
+        return self._run_reduction(code, "Reduce_scatter_block", buffers, {"op": op}, algorithm, reproducible, stream)
 
     def Reduce_scatter(
         self,
@@ -560,16 +528,10 @@ class Communicator(MPI.Intracomm):
             return None
         if code > MISS:
             return self._run_native(code, "Reduce_scatter", sendbuf, recvbuf, recvcounts, op)
-        if stream is not None:
-            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
-        if type(op) is not MPI.Op:
-            rest: dict[str, Any] = {"recvcounts": recvcounts, "algorithm": algorithm, "reproducible": reproducible}
-            return run_named(self, "Reduce_scatter", op, sendbuf, recvbuf, **rest)
-        counts = None if recvcounts is None else tuple(recvcounts)
-        if reproducible and self._run_reproducible("Reduce_scatter", (sendbuf, recvbuf), (counts, op), op):
-            return None
-        buffers, arguments = (sendbuf, recvbuf), (counts, op, algorithm)
-        return self._run_uncached(code, "Reduce_scatter", buffers, self.Reduce_scatter, arguments)
+        buffers, who = (sendbuf, recvbuf), f"rank {self.rank}: Reduce_scatter"
+        counts = None if recvcounts is None else read_integers(recvcounts, "recvcounts", who)
+        arguments = {"recvcounts": counts, "op": op}
+        return self._run_reduction(code, "Reduce_scatter", buffers, arguments, algorithm, reproducible, stream)
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
         """The receive counts of all ranks, if ``recvbuf`` is a NumPy array; otherwise binding determines them."""
@@ -587,10 +549,7 @@ class Communicator(MPI.Intracomm):
             return None
         if code > MISS:
             return self._run_native(code, "Allgather", sendbuf, recvbuf)
-        if stream is not None:
-            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
-        buffers = sendbuf, recvbuf
-        return self._run_uncached(code, "Allgather", buffers, self.Allgather, (algorithm,))
+        return self._run_uncached(code, "Allgather", (sendbuf, recvbuf), (algorithm,), stream)
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Gather blocks of any length from all ranks, in rank order, on every rank."""
@@ -599,10 +558,7 @@ class Communicator(MPI.Intracomm):
             return None
         if code > MISS:
             return self._run_native(code, "Allgatherv", sendbuf, recvbuf)
-        if stream is not None:
-            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
-        buffers = sendbuf, recvbuf
-        return self._run_uncached(code, "Allgatherv", buffers, self.Allgatherv, (algorithm,))
+        return self._run_uncached(code, "Allgatherv", (sendbuf, recvbuf), (algorithm,), stream)
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
@@ -611,14 +567,8 @@ class Communicator(MPI.Intracomm):
             return None
         if code > MISS:
             return self._run_native(code, "Bcast", buf, root)
-        if stream is not None:
-            (buf,) = self._planner.attach_stream(stream, buf)
-        root = self._planner.check_root(root, f"rank {self.rank}: Bcast")
-        return self._run_uncached(code, "Bcast", (None, buf), self._bcast, (root, algorithm))
-
-    def _bcast(self, nothing: None, buf: Any, root: int, algorithm: str | None) -> None:
-        """Bcast with the parameters of :meth:`_run_uncached`."""
-        self.Bcast(buf, root, algorithm)
+        root = self._planner.reader.check_root(root, f"rank {self.rank}: Bcast")
+        return self._run_uncached(code, "Bcast", (None, buf), (root, algorithm), stream)
 
     def Alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Send a block of equal length to every rank."""
@@ -627,10 +577,7 @@ class Communicator(MPI.Intracomm):
             return None
         if code > MISS:
             return self._run_native(code, "Alltoall", sendbuf, recvbuf)
-        if stream is not None:
-            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
-        buffers = sendbuf, recvbuf
-        return self._run_uncached(code, "Alltoall", buffers, self.Alltoall, (algorithm,))
+        return self._run_uncached(code, "Alltoall", (sendbuf, recvbuf), (algorithm,), stream)
 
     def Barrier(self) -> None:
         """Wait until all ranks have entered."""
@@ -639,13 +586,9 @@ class Communicator(MPI.Intracomm):
             return None
         if code > MISS:
             return self._run_native(code, "Barrier")
-        return self._run_uncached(code, "Barrier", (None, None), self._barrier, (None,))
+        return self._run_uncached(code, "Barrier", (None, None), (None,))
 
     barrier = Barrier
-
-    def _barrier(self, sendbuf: None, recvbuf: None, algorithm: None) -> None:
-        """Barrier with the parameters of :meth:`_run_uncached`."""
-        self.Barrier()
 
     # Collectives that the MPI library runs; the consistency table compares them as well
 
@@ -658,24 +601,11 @@ class Communicator(MPI.Intracomm):
         code: int = NOT_MINE,
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
-        with self.context.call(name, *buffers) as recorded:
-            self._prepare(name)
-            plan = self._find_inherited(name, buffers, root, op, code)
-            recorded.describe(plan.text)
-            plan.run()
-
-    def _find_inherited(
-        self, name: str, buffers: tuple[Any, Any], root: int | None, op: MPI.Op | str | None, code: int
-    ) -> Plan:
-        """The plan of one of MPI's own collectives."""
-        kind = self._read_kind(code)
-        op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
-        root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")
-        buffers = self._planner.significant(name, hold(buffers[0]), buffers[1], root)
-        mark = None if op is None else operations.key_of(op)
-        key = kind or (None if name == "Alltoallw" else call_key(name, *buffers, root, mark))
-        bind = self._planner_of(*buffers).bind_inherited
-        return self._find_plan(key) or self._bind(kind, bind, key, name, buffers, root, op)
+        who, reader, takes = f"rank {self.rank}: {name}", self._planner.reader, SIGNATURES[name].arguments
+        read_op = operations.read_op(op, who) if "op" in takes else None  # type: ignore[arg-type]
+        root = reader.check_root(root, who) if "root" in takes else None  # type: ignore[arg-type]
+        arguments = [each for each in (root, read_op) if each is not None]
+        return self._run_uncached(code, name, reader.significant(name, *buffers, root), (*arguments, None))
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of equal length on ``root``."""
@@ -790,7 +720,12 @@ NATIVE_CALLS = {name: getattr(MPI.Intracomm, name) for name in map(str.capitaliz
 
 
 def check_world() -> None:
-    """Raise if a launcher has started more ranks than MPI sees."""
+    """Raise if MPI has not started, or if a launcher has started more ranks than MPI sees."""
+    if not MPI.Is_initialized():
+        raise LaunchError(
+            "MPI has not started: under torchrun, torch.distributed.init_process_group('hpccomm') starts it; elsewhere "
+            "leave mpi4py.rc.initialize as it is, or call MPI.Init_thread()"
+        )
     if MPI.COMM_WORLD.size == 1:
         from hpccomm import launcher
 
@@ -829,13 +764,18 @@ class Intercomm(MPI.Intercomm):
     _algorithm: str
     _pickle: str
 
-    Dup = keep_ours(MPI.Intercomm.Dup)
-    Clone = keep_ours(MPI.Intercomm.Clone)
-    Dup_with_info = keep_ours(MPI.Intercomm.Dup_with_info)
-    Split = keep_ours(MPI.Intercomm.Split)
-    Create = keep_ours(MPI.Intercomm.Create)
-    Merge = keep_ours(MPI.Intercomm.Merge)
 
+KEPT: dict[Any, str] = {
+    Communicator: (
+        "Dup Clone Dup_with_info Idup Idup_with_info Split Split_type Create Create_group Create_cart Create_graph "
+        "Create_dist_graph Create_dist_graph_adjacent Create_intercomm Spawn Spawn_multiple Accept Connect Shrink"
+    ),
+    Intercomm: "Dup Clone Dup_with_info Split Create Merge",
+}
+"""Methods of mpi4py that make a communicator; where that is an intracommunicator, it is one of ours."""
+for _class, _names in KEPT.items():
+    for _name in _names.split():
+        setattr(_class, _name, keep_ours(getattr(_class, _name)))
 
 for _name in COMPARED:
     setattr(Communicator, f"{_name}_init", compare_at_init(_name))

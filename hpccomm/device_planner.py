@@ -1,79 +1,35 @@
 """The planner of calls on arrays on a CUDA device: it compares the ranks' calls and offers them to each transport.
 
-*p ranks; n elements.*  :mod:`hpccomm.backends.device_selection` selects the transport at the first run of a plan; here
-each collective describes how every transport would make the call.  Through the host, a call is made in chunks:
-element-wise collectives in chunks of elements, collectives with a block per rank in chunks of columns, the same columns
-of every block.  A chunk is an ordinary call on the host: the same algorithms, the same shared memory, the same bits.
-Calls that cannot be divided are one chunk.
+The reader of the host reads them, from buffers that describe device memory.  :mod:`hpccomm.backends.device_selection`
+selects the transport at the first run of a plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.arrays import DeviceArray, StreamBuffer, array_of, bfloat16, convert_like, read_device
-from hpccomm.backends import cuda_ipc, device_selection
-from hpccomm.backends import nccl as nvidia
-from hpccomm.backends.cuda_ipc import PeerCopy, PeerReduce, Phase
-from hpccomm.backends.device_selection import Call, DeviceTransports
-from hpccomm.calls import operations
-from hpccomm.calls.blocks import EQUAL, PARTS
-from hpccomm.calls.buffers import Buffer, apply_displacement, read, view_at
+from hpccomm.arrays import DeviceArray, StreamBuffer, array_of, convert_like, read_device
+from hpccomm.backends import device_selection
+from hpccomm.backends.device_selection import DeviceTransports
+from hpccomm.calls.blocks import SIGNATURES
+from hpccomm.calls.buffers import Buffer, read, view_at
+from hpccomm.calls.call import Call
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import Plan, Run
+from hpccomm.calls.reader import is_in_place
 from hpccomm.context import Once, algorithm_setting
 from hpccomm.errors import ArgumentError, TransportError
-from hpccomm.kernels.reductions.reference import code_of, has_kernel
-from hpccomm.planner import IN_PLACE, Counts, Planner, is_in_place
+from hpccomm.planner import Planner
 from hpccomm.settings import DEVICE_SETTING, ON_HOST
 from hpccomm.transports import cuda
-from hpccomm.transports.cuda import Chunk, Extent, Staging
+from hpccomm.transports.cuda import Staging
 
-Host = Callable[[Any, Any], Any]
-"""A collective of host arrays: ``host(send, recv)``."""
-COLLECTIVES = {"Allgatherv": "allgather", "Reduce_scatter_block": "reduce_scatter"}
-"""The collective whose algorithms a call uses, if its name is another."""
-
-
-class Operand:
-    """A buffer on a device, described as a host buffer; its memory is never accessed through this description."""
-
-    def __init__(self, given: Any, device: cuda.Device, who: str) -> None:
-        stream = given.stream if isinstance(given, StreamBuffer) else None
-        form = given.buffer if isinstance(given, StreamBuffer) else given
-        self.array: DeviceArray = read_device(array_of(given), who, stream)
-        check_place(self.array, device, who)
-        view = view_at(self.array.address, self.array.size, self.array.dtype)
-        view.flags.writeable = self.array.writable
-        self.buffer: Buffer = read([view, *form[1:]] if isinstance(form, list | tuple) else view, who)
-        if self.buffer.opaque:
-            raise ArgumentError(
-                f"{who}: derived datatypes are not supported on a device: pass a contiguous array of a numeric dtype"
-            )
-        self.buffer.order = self.array.order
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of its host copies."""
-        assert self.buffer.dtype is not None
-        if self.buffer.half == "bfloat16":
-            return bfloat16("a device's array")
-        return np.dtype(self.buffer.half) if self.buffer.half else self.buffer.dtype
-
-    def extent(self, first: int, count: int, at: int = 0) -> Extent:
-        """Elements [first, first + count), at element ``at`` of a chunk."""
-        width = self.dtype.itemsize
-        return Extent(self.buffer.address + first * width, at * width, count * width)
-
-    def columns(self, each: int, ranks: int, lo: int, hi: int) -> list[Extent]:
-        """Columns [lo, hi) of all ranks' blocks of ``each`` elements, one after the other in a chunk."""
-        return [self.extent(k * each + lo, hi - lo, k * (hi - lo)) for k in range(ranks)]
+ON_DEVICE = "on a device"
+"""The memory that a fingerprint names."""
 
 
 def check_place(array: DeviceArray, device: cuda.Device, who: str) -> None:
@@ -109,7 +65,7 @@ class DevicePlanner(Planner):
     def transports(self) -> DeviceTransports:
         """All transports (the first use is collective; a ``cached_property`` has a lock that thread-ranks share)."""
         if self._transports is None:
-            self._transports = DeviceTransports(self.context, self.staging)
+            self._transports = DeviceTransports(self)
         return self._transports
 
     def release(self) -> None:
@@ -118,11 +74,25 @@ class DevicePlanner(Planner):
             self._transports.free()
         self._transports = None
 
-    def operands(self, who: str, *buffers: Any, parts: bool = False) -> list[Operand | None]:
-        """The buffers on a device; ``None`` for no buffer and for in place.
+    def describe(self, given: Any, who: str) -> Buffer:
+        """A buffer on a device, described as if it were the host's; its owner is the :class:`DeviceArray`."""
+        device = self.require_device(who)
+        stream = given.stream if isinstance(given, StreamBuffer) else None
+        form = given.buffer if isinstance(given, StreamBuffer) else given
+        array = read_device(array_of(given), who, stream)
+        check_place(array, device, who)
+        view = view_at(array.address, array.size, array.dtype)
+        view.flags.writeable = array.writable
+        buffer = read([view, *form[1:]] if isinstance(form, list | tuple) else view, who)
+        if buffer.opaque:
+            raise ArgumentError(
+                f"{who}: derived datatypes are not supported on a device: pass a contiguous array of a numeric dtype"
+            )
+        buffer.order, buffer.owner = array.order, array
+        return buffer
 
-        ``parts``: the last buffer has one block per rank, so its displacements belong to the blocks.
-        """
+    def describe_both(self, who: str, *buffers: Any) -> list[Any]:
+        """The buffers of a call, described; in place and no buffer stay."""
         there = [self.uses_device(each) for each in buffers]
         for each, lies in zip(buffers, there, strict=True):
             if not lies and not is_in_place(each):
@@ -130,376 +100,119 @@ class DevicePlanner(Planner):
                     f"{who}: one buffer lies on a device, the other, {type(each).__name__}, on the host: "
                     "pass both in the same memory"
                 )
-        device = self.require_device(who)
-        found = [Operand(each, device, who) if lies else None for each, lies in zip(buffers, there, strict=True)]
-        for each in found[: len(found) - parts]:
-            if each:
-                each.buffer = apply_displacement(each.buffer, who)
-        return found
+        return [self.describe(each, who) if lies else each for each, lies in zip(buffers, there, strict=True)]
 
-    def bind_call(
-        self,
-        name: str,
-        operands: Sequence[Operand | None],
-        call: Call,
-        op: MPI.Op | None = None,
-        root: int | None = None,
-        count: int | None = None,
-        algorithm: str | None = None,
-        reproducible: bool = False,
+    def bind(
+        self, key: Hashable, name: str, sendbuf: Any, recvbuf: Any, *arguments: Any, reproducible: bool = False
     ) -> Plan:
-        """A plan that compares the calls of all ranks, then runs the call by a transport that supports it."""
-        here = [each for each in operands if each is not None]
-        data, collective = here[-1], COLLECTIVES.get(name, name.lower())
-        if algorithm is not None:  # an unknown one is refused before the first message, as on the host
-            self.choose(collective, data.buffer, op, algorithm, self.call_label(name))
-        ipc, native, nccl = self.eligibility(collective, data, op, algorithm, reproducible)
-        offer = Call(
-            call.nbytes,
-            call.chunks,
-            call.phases if ipc else None,
-            call.native if native else None,
-            call.dense if nccl else None,
-        )
-        check = self.bind_check(name, data.buffer, op, root, count, "reproducible" if reproducible else algorithm)
-        streams = [stream for each in here for stream in each.array.streams]
-        owners: list[Any] = [each.array.owner for each in here]
-        ready: list[Run] = []
+        """A plan that compares the calls of all ranks, then runs the call by a transport that takes it."""
+        form, who = SIGNATURES[name], self.reader.call_label(name)
+        if not form.family:
+            return self.bind_copies(name, sendbuf, recvbuf, *arguments)
+        root = dict(zip(form.arguments, arguments, strict=False)).get("root")
+        buffers = self.describe_both(who, *self.reader.significant(name, sendbuf, recvbuf, root))
+        if is_in_place(buffers[1]) and root in (None, self.rank):
+            raise ArgumentError(f"{who}: the receive buffer is None: pass an array")
+        call = self.reader.read(name, *buffers, *arguments)
+        if call.send.known and call.recv.known and call.send.kind != call.recv.kind:
+            raise ArgumentError(f"{who}: sends {call.send.kind}, receives {call.recv.kind}: make both the same")
+        call.memory, call.reproducible = ON_DEVICE, reproducible
+        if call.algorithm is not None:  # an unknown one is refused before the first message, as on the host
+            self.choose(call, self.candidates(call))
+        return self.plan_on_device(call)
+
+    def plan_on_device(self, call: Call) -> Plan:
+        """A plan that selects the transport when it runs first, which is collective."""
+        check = self.bind_check(call.describe("reproducible" if call.reproducible else call.algorithm or ""))
+        held, bound = [call], list[Plan]()
 
         def run() -> None:
             check()
-            if not ready:
-                ready.append(self.transports.bind(offer, streams))
-            ready[0]()
+            if not bound:
+                bound.append(self.transports.bind(held[0], self.host_algorithm(held[0])))
+            bound[0].run()
 
         def free() -> None:
-            owners.clear()
-            ready.clear()
+            held.clear()
+            bound.clear()
 
-        return Plan(run, free)
+        return Plan(run, free, lasts=False)
 
-    def algorithm_name(self, collective: str, algorithm: str | None) -> str:
-        """The algorithm named by the caller, the communicator or the environment; empty if none is named."""
-        name = algorithm or self.comm.algorithm
-        name = name if name != "auto" else algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], collective)
-        return str(name)
+    def host_algorithm(self, call: Call) -> str:
+        """What the caller, the communicator or the environment have named for the host; empty if nothing."""
+        name = "reproducible" if call.reproducible else call.algorithm or self.comm.algorithm
+        setting = self.context.settings["HPCCOMM_ALGORITHM"]
+        return str(name) if name != "auto" else algorithm_setting(setting, call.collective)
 
-    def eligibility(
-        self, collective: str, data: Operand, op: MPI.Op | None, algorithm: str | None, reproducible: bool = False
-    ) -> tuple[bool, bool, bool]:
-        """Whether CUDA IPC, MPI's own collective and NCCL support a call's dtype, operation and algorithm."""
-        name = self.algorithm_name(collective, algorithm)
-        if reproducible or name not in ("", "native"):
-            return False, False, False
-        buffer, code = data.buffer, code_of(data.dtype)
-        op_name = "" if op is None else operations.name_of(op)
-        plain = not buffer.half and (op is None or (op.is_predefined and not self.why_not_native(buffer, op)))
-        kernel = op is None or has_kernel(op_name, data.dtype)
-        return not name and kernel, plain, not name and (op is None or nvidia.reduces(op_name, code))
-
-    def bind_check(
-        self,
-        name: str,
-        data: Buffer,
-        op: MPI.Op | None = None,
-        root: int | None = None,
-        count: int | None = None,
-        algorithm: str | None = None,
-    ) -> Run:
+    def bind_check(self, fingerprint: Fingerprint) -> Run:
         """A barrier that raises on all ranks if their calls, or the memory of their arrays, differ."""
-        fingerprint = Fingerprint(
-            name,
-            operations.name_in_fingerprint(op) if op is not None else "",
-            UNKNOWN if count is None else str(count),
-            data.kind,
-            "" if root is None else str(root),
-            data.order,
-            algorithm or "",
-            "on a device",
-        )
         return self.guard(fingerprint, lambda: None, lockstep=True)
 
-    def operand_of(self, x: Any, name: str, stream: Any) -> Operand:
-        """Read one array on a device."""
+    def array(self, x: Any, name: str, stream: Any) -> Buffer:
+        """Describe one array on a device."""
+        who = self.reader.call_label(name)
         if not self.uses_device(x):
             raise ArgumentError(
-                f"{self.call_label(name)}: {DEVICE_SETTING}={ON_HOST} is for the methods of Communicator only: "
+                f"{who}: {DEVICE_SETTING}={ON_HOST} is for the methods of Communicator only: "
                 "pass a NumPy array of the same memory"
             )
-        return Operand(StreamBuffer(x, stream), self.require_device(self.call_label(name)), self.call_label(name))
+        return self.describe(StreamBuffer(x, stream), who)
+
+    def empty_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """A new array on the device in C order, of ``x``'s library if that is supported."""
+        return self.staging.device.allocate_like(x, shape, dtype)
 
     def divide(self, x: Any) -> None:
-        """Divide an array by the number of ranks, on the device."""
-        there, staging = read_device(x, self.call_label("mean")), self.staging
+        """Divide an array of float32 or float64 by the number of ranks, on the device."""
+        there, staging = read_device(x, self.reader.call_label("mean")), self.staging
         cuda.wait(staging.device, there.streams)
         staging.device.divide(there.address, there.size, there.dtype, self.size, staging.up)
         staging.device.synchronize(staging.up)
 
     def call_on_host(self, name: str, x: Any, function: Callable[[Any], Any], stream: Any = None) -> Any:
-        """Apply a host function to a copy of a device array, and copy the result to the device."""
-        operand = self.operand_of(x, name, stream)
-        array, staging = operand.array, self.staging
+        """Apply a host function to a copy of a device array, and copy the result to the device.
+
+        ``name`` is the collective of the consistency check; an empty name skips the check.
+        """
+        buffer, staging = self.array(x, name, stream), self.staging
+        array: DeviceArray = buffer.owner
         if name:
-            self.bind_check(name, operand.buffer)()
+            self.bind_check(Fingerprint(name, "", UNKNOWN, buffer.kind, "", buffer.order, "", ON_DEVICE))()
         copy = np.empty(array.size, array.dtype)
         staging.fetch(array.address, copy.view(np.uint8), array.streams)
         result = np.ascontiguousarray(function(copy.reshape(array.shape, order="F" if array.order == "F" else "C")))
         made = staging.device.allocate_like(x, result.shape, result.dtype)
-        there = read_device(made, self.call_label(name))
+        there = read_device(made, self.reader.call_label(name))
         staging.store(result.reshape(-1).view(np.uint8), there.address, there.streams)
         return convert_like(made, x)
-
-    # Collectives
-
-    def allreduce(
-        self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None, reproducible: bool = False
-    ) -> Plan:
-        """Allreduce."""
-        who = self.call_label("Allreduce")
-        operands = self.operands(who, sendbuf, recvbuf)
-        send, recv = self.reduction_operands(operands, op, who)
-        host = host_call(self.comm.Allreduce, op, algorithm, reproducible)
-        n, code, op_name = recv.buffer.elements, code_of(recv.dtype), operations.name_of(op)
-        call = Call(
-            recv.buffer.nbytes,
-            lambda: elementwise_chunks(n, send, recv, host),
-            lambda room: plan_reduce(n, send, recv, op_name, room),
-            lambda: Planner.allreduce(self, None, send_argument(send, send is recv), recv.buffer, op, "native"),
-            lambda nccl: nccl.allreduce(send.buffer.address, recv.buffer.address, n, code, op_name),
-        )
-        return self.bind_call("Allreduce", operands, call, op, None, n, algorithm, reproducible)
-
-    def reduction_operands(self, operands: list[Operand | None], op: MPI.Op, who: str) -> tuple[Operand, Operand]:
-        """The send and the receive operand of a reduction; the same operand twice when in place."""
-        first, recv = operands
-        if recv is None:
-            raise ArgumentError(f"{who}: the receive buffer is None: pass an array")
-        send = recv if first is None else first
-        self.reduction_buffers(IN_PLACE if first is None else send.buffer, recv.buffer, op, who)
-        return send, recv
-
-    def reduce(
-        self,
-        key: Hashable,
-        sendbuf: Any,
-        recvbuf: Any,
-        op: MPI.Op,
-        root: int,
-        algorithm: str | None,
-        reproducible: bool = False,
-    ) -> Plan:
-        """Reduce; only the root writes."""
-        who, here = self.call_label("Reduce"), self.rank == root
-        self.check_root(root, who)
-        operands = self.operands(who, sendbuf, recvbuf if here else None)
-        if here:
-            send, recv = self.reduction_operands(operands, op, who)
-        else:
-            assert operands[0] is not None
-            send = recv = operands[0]
-            self.read_operand(send.buffer, op, who)
-        into, first = recv if here else None, send_argument(send, here and send is recv)
-        host = host_call(self.comm.Reduce, op, root, algorithm, reproducible)
-        n, code, op_name = send.buffer.elements, code_of(send.dtype), operations.name_of(op)
-        call = Call(
-            send.buffer.nbytes,
-            lambda: elementwise_chunks(n, send, into, host),
-            lambda room: plan_reduce(n, send, into, op_name, room),
-            lambda: Planner.reduce(self, None, first, into.buffer if into else None, op, root, "native"),
-            lambda nccl: nccl.reduce(send.buffer.address, recv.buffer.address, n, code, op_name, root),
-        )
-        return self.bind_call("Reduce", operands, call, op, root, n, algorithm, reproducible)
-
-    def bcast(self, key: Hashable, sendbuf: None, buf: Any, root: int, algorithm: str | None) -> Plan:
-        """Bcast."""
-        who, comm, here = self.call_label("Bcast"), self.comm, self.rank == root
-        operands = self.operands(who, buf)
-        (data,) = operands
-        assert data is not None
-        self.check_root(root, who)
-        self.read_buffer(data.buffer, who, writable=not here)
-
-        def host(a: Any, b: Any) -> None:
-            comm.Bcast(a if here else b, root, algorithm)
-
-        buffer, n = data.buffer, data.buffer.elements
-        call = Call(
-            buffer.nbytes,
-            lambda: elementwise_chunks(n, data if here else None, None if here else data, host),
-            lambda room: plan_broadcast(n, data, root, here, room),
-            lambda: Planner.bcast(self, None, None, buffer, root, "native"),
-            lambda nccl: nccl.bcast(buffer.address, buffer.nbytes, root),
-        )
-        return self.bind_call("Bcast", operands, call, None, root, n, algorithm)
-
-    def allgather(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
-        """Allgather."""
-        who, p, me = self.call_label("Allgather"), self.size, self.rank
-        operands = self.operands(who, sendbuf, recvbuf)
-        send, recv, in_place = self.transfer_operands(operands, who)
-        each, width = recv.buffer.block_length(p), recv.dtype.itemsize
-        counts, displs = (each,) * p, tuple(each * k for k in range(p))
-        self.check_allgather(send.buffer, recv.buffer, EQUAL, who)
-        begin, nbytes = me * each if in_place else 0, each * width
-        host = host_call(self.comm.Allgather, algorithm)
-        call = Call(
-            nbytes * p,
-            lambda: [
-                chunk([send.extent(begin + lo, hi - lo)], recv.columns(each, p, lo, hi), send, recv, host)
-                for lo, hi in columns(each, p * width)
-            ],
-            lambda room: plan_allgather(send, begin, recv, counts, displs, me, room),
-            lambda: Planner.allgather(self, None, send_argument(send, in_place), recv.buffer, "native"),
-            lambda nccl: nccl.allgather(send.extent(begin, each).address, recv.buffer.address, nbytes),
-        )
-        return self.bind_call("Allgather", operands, call, count=each * p, algorithm=algorithm)
-
-    def allgatherv(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
-        """Allgatherv, in one chunk."""
-        who, comm, p, me = self.call_label("Allgatherv"), self.comm, self.size, self.rank
-        operands = self.operands(who, sendbuf, recvbuf, parts=True)
-        send, recv, in_place = self.transfer_operands(operands, who)
-        counts, displs = recv.buffer.blocks(p)
-        self.check_allgather(send.buffer, recv.buffer, PARTS, who)
-        cuts = np.cumsum([0, *counts]).tolist()
-        begin = displs[me] if in_place else 0
-        reads = [send.extent(begin, counts[me])]
-        writes = [recv.extent(displs[k], counts[k], cuts[k]) for k in range(p)]
-
-        def host(a: Any, b: Any) -> None:
-            comm.Allgatherv(a, [b, list(counts)], algorithm)
-
-        call = Call(
-            cuts[-1] * recv.dtype.itemsize,
-            lambda: [chunk(reads, writes, send, recv, host)],
-            lambda room: plan_allgather(send, begin, recv, counts, displs, me, room),
-        )
-        return self.bind_call("Allgatherv", operands, call, count=sum(counts), algorithm=algorithm)
-
-    def transfer_operands(self, operands: list[Operand | None], who: str) -> tuple[Operand, Operand, bool]:
-        """The send and the receive operand (the same operand twice when in place), and whether it is in place."""
-        send, recv = operands
-        if recv is None:
-            raise ArgumentError(f"{who}: the receive buffer is None: pass an array")
-        self.read_buffer(recv.buffer, who, writable=True)
-        if send is None:
-            return recv, recv, True
-        self.read_buffer(send.buffer, who)
-        return send, recv, False
-
-    def alltoall(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
-        """Alltoall."""
-        who, p, me = self.call_label("Alltoall"), self.size, self.rank
-        operands = self.operands(who, sendbuf, recvbuf)
-        send, recv, in_place = self.transfer_operands(operands, who)
-        each, width = recv.buffer.block_length(p), recv.dtype.itemsize
-        sent, nbytes = send.buffer.block_length(p), each * width
-        if sent * send.dtype.itemsize != nbytes or send.dtype != recv.dtype:
-            raise ArgumentError(
-                f"{who}: sends {sent} {send.buffer.kind} to each rank, receives {each} {recv.buffer.kind}: "
-                "make both the same"
-            )
-        if not in_place:
-            self.check_overlap(send.buffer, recv.buffer, who)
-        host = host_call(self.comm.Alltoall, algorithm)
-        call = Call(
-            nbytes * p,
-            lambda: [
-                chunk(send.columns(each, p, lo, hi), recv.columns(each, p, lo, hi), send, recv, host)
-                for lo, hi in columns(each, p * width)
-            ],
-            lambda room: plan_alltoall(send, recv, each, p, me, room),
-            lambda: Planner.alltoall(self, None, send_argument(send, in_place), recv.buffer, "native"),
-            None if in_place else lambda nccl: nccl.alltoall(send.buffer.address, recv.buffer.address, nbytes),
-        )
-        return self.bind_call("Alltoall", operands, call, count=each * p, algorithm=algorithm)
-
-    def reduce_scatter_block(
-        self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None, reproducible: bool = False
-    ) -> Plan:
-        """Reduce_scatter_block."""
-        who, p, me = self.call_label("Reduce_scatter_block"), self.size, self.rank
-        operands = self.operands(who, sendbuf, recvbuf)
-        send, recv, in_place = self.transfer_operands(operands, who)
-        for operand in (send, recv):
-            self.read_operand(operand.buffer, op, who)
-        each, width = recv.buffer.block_length(p) if in_place else recv.buffer.elements, recv.dtype.itemsize
-        counts = (each,) * p
-        self.check_blocks(send.buffer, recv.buffer, counts, who)
-        host = host_call(self.comm.Reduce_scatter_block, op, algorithm, reproducible)
-        code, op_name = code_of(recv.dtype), operations.name_of(op)
-        source, into = send.buffer.address, recv.buffer.address
-        call = Call(
-            each * p * width,
-            lambda: [
-                chunk(send.columns(each, p, lo, hi), [recv.extent(lo, hi - lo)], send, recv, host)
-                for lo, hi in columns(each, p * width)
-            ],
-            lambda room: plan_reduce_scatter(send, recv, counts, me, op_name, room),
-            lambda: Planner.reduce_scatter_block(self, None, send_argument(send, in_place), recv.buffer, op, "native"),
-            None if in_place else lambda nccl: nccl.reduce_scatter(source, into, each, code, op_name),
-        )
-        return self.bind_call("Reduce_scatter_block", operands, call, op, None, each * p, algorithm, reproducible)
-
-    def reduce_scatter(
-        self,
-        key: Hashable,
-        sendbuf: Any,
-        recvbuf: Any,
-        recvcounts: Counts | None,
-        op: MPI.Op,
-        algorithm: str | None,
-        reproducible: bool = False,
-    ) -> Plan:
-        """Reduce_scatter, in one chunk."""
-        who = self.call_label("Reduce_scatter")
-        operands = self.operands(who, sendbuf, recvbuf)
-        send, recv, in_place = self.transfer_operands(operands, who)
-        for operand in (send, recv):
-            self.read_operand(operand.buffer, op, who)
-        counts = self.scatter_counts(recvcounts, recv.buffer, in_place, who)
-        self.check_blocks(send.buffer, recv.buffer, counts, who)
-        host = host_call(self.comm.Reduce_scatter, counts, op, algorithm, reproducible)
-        reads, writes = [send.extent(0, sum(counts))], [recv.extent(0, counts[self.rank])]
-        op_name = operations.name_of(op)
-        call = Call(
-            sum(counts) * recv.dtype.itemsize,
-            lambda: [chunk(reads, writes, send, recv, host)],
-            lambda room: plan_reduce_scatter(send, recv, counts, self.rank, op_name, room),
-        )
-        return self.bind_call("Reduce_scatter", operands, call, op, None, sum(counts), algorithm, reproducible)
 
     def bind_reproducible(
         self, key: Hashable, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op
     ) -> Plan | None:
         """Bind a reduction whose bits do not depend on order: chunk by chunk on the host."""
-        plan: Plan = getattr(self, name.lower())(None, *buffers, *arguments, None, reproducible=True)
-        return plan
+        return self.bind(None, name, *buffers, *arguments, None, reproducible=True)
 
-    def bind_inherited(
-        self, key: Hashable, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None
-    ) -> Plan:
+    def bind_copies(self, name: str, sendbuf: Any, recvbuf: Any, *arguments: Any) -> Plan:
         """MPI's own collectives run on host copies; arrays may lie on a device on some ranks only."""
-        who = self.call_label(name)
-        both = [self.copy_to_host(each, who) for each in buffers]
-        into = both[1][1]
+        who = self.reader.call_label(name)
+        (send, _), (recv, into) = (self.copy_to_host(each, who) for each in (sendbuf, recvbuf))
         if into and not into.writable:
             raise ArgumentError(f"{who}: the receive array is read-only: pass a writable array")
-        inner = super().bind_inherited(None, name, tuple(form for form, _ in both), root, op)
+        inner = super().bind(None, name, send, recv, *arguments)
 
         def run() -> None:
             inner.run()
             if into:
-                received = both[1][0][0] if isinstance(both[1][0], list) else both[1][0]
+                received = recv[0] if isinstance(recv, list) else recv
                 self.staging.store(received.ravel(into.order).view(np.uint8), into.address, into.streams)
 
-        return Plan(run)
+        return Plan(run, lasts=False)
 
     def copy_to_host(self, form: Any, who: str) -> tuple[Any, DeviceArray | None]:
         """A buffer with a host copy in place of its device array, and that array; a host buffer as it is."""
         if not self.uses_device(form):
             return form, None
-        known = Operand(form, self.require_device(who), who).array
+        known: DeviceArray = self.describe(form, who).owner
         copy = np.empty(known.shape, known.dtype, "F" if known.order == "F" else "C")
         self.staging.fetch(known.address, copy.ravel("K").view(np.uint8), known.streams)
         data = form.buffer if isinstance(form, StreamBuffer) else form
@@ -510,7 +223,7 @@ class DevicePlanner(Planner):
 
         The function writes the last ``written`` of the arrays.
         """
-        both = [self.copy_to_host(each, self.call_label(name)) for each in arrays]
+        both = [self.copy_to_host(each, self.reader.call_label(name)) for each in arrays]
         result = function(*(copy for copy, _ in both))
         for copy, known in both[len(both) - written :]:
             if known:
@@ -528,7 +241,7 @@ class DevicePlanner(Planner):
         if not isinstance(x, np.ndarray):
             return x
         made = self.staging.device.empty(x.shape, x.dtype)
-        there = read_device(made, self.call_label("result"))
+        there = read_device(made, self.reader.call_label("result"))
         self.staging.store(np.ascontiguousarray(x).reshape(-1).view(np.uint8), there.address, there.streams)
         return convert_like(made, like)
 
@@ -538,116 +251,3 @@ class DevicePlanner(Planner):
             return self.staging.device
         except TransportError as error:
             raise ArgumentError(f"{who}: the array lies on a device: {error}") from None
-
-
-def host_call(method: Callable[..., None], *arguments: Any) -> Host:
-    """A collective of host arrays with the ``arguments`` that follow the buffers."""
-    return lambda send, recv: method(send, recv, *arguments)
-
-
-def send_argument(send: Operand, in_place: bool) -> Any:
-    """The send argument of MPI's own collective."""
-    return IN_PLACE if in_place else send.buffer
-
-
-# Phases of CUDA IPC, each of at most ``room`` bytes
-
-
-def phase_ranges(count: int, bytes_each: int, room: int) -> list[tuple[int, int]]:
-    """[lo, hi) of the phases of ``count`` columns; one empty phase if there are none."""
-    most = max(1, room // bytes_each)
-    step = most - most % cuda_ipc.ALIGNMENT or most
-    return list(pairwise([*range(0, count, step), count])) or [(0, 0)]
-
-
-def plan_reduce(n: int, send: Operand, recv: Operand | None, op: str, room: int) -> list[Phase]:
-    """Reduce all vectors, on the ranks that have a receive operand."""
-    code, phases = code_of(send.dtype), []
-    for lo, hi in phase_ranges(n, send.dtype.itemsize, room):
-        extent = send.extent(lo, hi - lo)
-        into = recv.extent(lo, hi - lo).address if recv else 0
-        phases.append(Phase([extent], [PeerReduce(op, code, 0, extent.nbytes, into)]))
-    return phases
-
-
-def plan_broadcast(n: int, data: Operand, root: int, here: bool, room: int) -> list[Phase]:
-    """Copy the root's vector."""
-    extents = [data.extent(lo, hi - lo) for lo, hi in phase_ranges(n, data.dtype.itemsize, room)]
-    if here:
-        return [Phase([extent]) for extent in extents]
-    return [Phase([], copies=[PeerCopy(root, 0, extent.nbytes, extent.address)]) for extent in extents]
-
-
-def plan_allgather(
-    send: Operand, begin: int, recv: Operand, counts: Sequence[int], displs: Sequence[int], me: int, room: int
-) -> list[Phase]:
-    """Copy the blocks of all ranks; this rank's begins at element ``begin`` of ``send``."""
-    phases = []
-    for lo, hi in phase_ranges(max(counts), recv.dtype.itemsize, room):
-        ends = [(min(lo, count), min(hi, count)) for count in counts]
-        extents = [recv.extent(displ + a, b - a) for displ, (a, b) in zip(displs, ends, strict=True)]
-        copies = [PeerCopy(k, 0, extent.nbytes, extent.address) for k, extent in enumerate(extents)]
-        a, b = ends[me]
-        phases.append(Phase([send.extent(begin + a, b - a)], copies=copies))
-    return phases
-
-
-def plan_alltoall(send: Operand, recv: Operand, each: int, p: int, me: int, room: int) -> list[Phase]:
-    """Copy this rank's block of every rank."""
-    phases = []
-    for lo, hi in phase_ranges(each, p * recv.dtype.itemsize, room):
-        reads, writes = send.columns(each, p, lo, hi), recv.columns(each, p, lo, hi)
-        copies = [PeerCopy(k, reads[me].first, extent.nbytes, extent.address) for k, extent in enumerate(writes)]
-        phases.append(Phase(reads, copies=copies))
-    return phases
-
-
-def plan_reduce_scatter(
-    send: Operand, recv: Operand, counts: Sequence[int], me: int, op: str, room: int
-) -> list[Phase]:
-    """Reduce this rank's block.  In place, the result overwrites columns that have been read already."""
-    first, code = np.cumsum([0, *counts]).tolist(), code_of(recv.dtype)
-    phases = []
-    for lo, hi in phase_ranges(max(counts), len(counts) * recv.dtype.itemsize, room):
-        ends = [(min(lo, count), min(hi, count)) for count in counts]
-        reads = [send.extent(first[k] + a, b - a, k * (hi - lo)) for k, (a, b) in enumerate(ends)]
-        a, b = ends[me]
-        result = recv.extent(a, b - a)
-        reduction = PeerReduce(op, code, reads[me].first, result.nbytes, result.address, shared=False)
-        phases.append(Phase(reads, [reduction]))
-    return phases
-
-
-# Chunks through the host
-
-
-def columns(count: int, bytes_each: int) -> list[tuple[int, int]]:
-    """[lo, hi) of the chunks of ``count`` columns; one empty chunk if there are none."""
-    step = max(1, cuda.chunk_bytes(count * bytes_each) // bytes_each)
-    return list(pairwise([*range(0, count, step), count])) or [(0, 0)]
-
-
-def elementwise_chunks(count: int, send: Operand | None, recv: Operand | None, host: Host) -> list[Chunk]:
-    """The chunks of an element-wise collective."""
-    known = send or recv
-    assert known is not None
-
-    def extents(operand: Operand | None, lo: int, hi: int) -> list[Extent]:
-        return [] if operand is None else [operand.extent(lo, hi - lo)]
-
-    return [
-        chunk(extents(send, lo, hi), extents(recv, lo, hi), send, recv, host)
-        for lo, hi in columns(count, known.dtype.itemsize)
-    ]
-
-
-def chunk(reads: list[Extent], writes: list[Extent], send: Operand | None, recv: Operand | None, host: Host) -> Chunk:
-    """A chunk whose collective runs on arrays; empty extents are left out."""
-
-    def view(octets: npt.NDArray[np.uint8], operand: Operand | None) -> Any:
-        return None if operand is None else octets.view(operand.dtype)
-
-    def body(incoming: npt.NDArray[np.uint8], outgoing: npt.NDArray[np.uint8]) -> None:
-        host(view(incoming, send), view(outgoing, recv))
-
-    return Chunk([each for each in reads if each.nbytes], body, [each for each in writes if each.nbytes])

@@ -18,12 +18,14 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
+from hpccomm.calls.blocks import EQUAL, NONE, SIGNATURES, Signature
 from hpccomm.kernels import objects
 from hpccomm.performance import probe, tuning
 from hpccomm.performance.tuning import BLOCKWISE, Row, size_class
@@ -128,38 +130,36 @@ def time_of(run: Run, repeats: int) -> float:
 
 def scratch(collective: str, p: int, length: int) -> tuple[Any, Any]:
     """Vectors to send and to receive, of ``length`` bytes or blocks of so many."""
-    n = max(1, length // 4)
-    sent, received = {"allgather": (1, p), "alltoall": (p, p), "reduce_scatter": (p, 1)}.get(collective, (1, 1))
-    return np.zeros(n * sent, "f4"), np.zeros(n * received, "f4")
+    n, (_, signature) = max(1, length // 4), of_family(collective)
+    sent, received = (np.zeros(n * (p if kind == EQUAL else 1), "f4") for kind in signature[:2])
+    return sent, received
 
 
 def bind_ours(planner: Any, collective: str, algorithm: str, length: int) -> Any:
     """A plan of the algorithm on scratch memory."""
     send, recv = scratch(collective, planner.size, length)
-    method = getattr(planner, {"reduce_scatter": "reduce_scatter_block"}.get(collective, collective))
-    arguments = {
-        "bcast": (None, recv, 0),
-        "allreduce": (send, recv, MPI.SUM),
-        "reduce": (send, recv, MPI.SUM, 0),
-        "reduce_scatter": (send, recv, MPI.SUM),
-    }.get(collective, (send, recv))
-    plan = method(None, *arguments, algorithm)
+    name, signature = of_family(collective)
+    arguments = [ARGUMENTS[each] for each in signature.arguments]
+    plan = planner.bind(None, name, send, recv, *arguments, algorithm)
     plan.result = (send, recv)  # which the plan does not hold
     return plan
 
 
 def bind_native(comm: Any, collective: str, length: int) -> Run:
     """The same by MPI alone, as rows of one node have it."""
-    send, recv = scratch(collective, comm.size, length)
-    calls: dict[str, Run] = {
-        "allreduce": lambda: comm.Allreduce(send, recv),
-        "reduce": lambda: comm.Reduce(send, recv),
-        "reduce_scatter": lambda: comm.Reduce_scatter_block(send, recv),
-        "allgather": lambda: comm.Allgather(send, recv),
-        "alltoall": lambda: comm.Alltoall(send, recv),
-        "bcast": lambda: comm.Bcast(recv),
-    }
-    return calls[collective]
+    name, signature = of_family(collective)
+    buffers = [
+        each for each, kind in zip(scratch(collective, comm.size, length), signature, strict=False) if kind != NONE
+    ]
+    return partial(getattr(comm, name), *buffers)
+
+
+ARGUMENTS = {"op": MPI.SUM, "root": 0}
+
+
+def of_family(collective: str) -> tuple[str, Signature]:
+    """The first collective that uses these algorithms, and what it takes."""
+    return next(each for each in SIGNATURES.items() if each[1].family == collective)
 
 
 def row_of(collective: str, algorithm: str, ranks: int, nbytes: int, us: float) -> Row:

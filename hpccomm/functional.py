@@ -148,11 +148,11 @@ def broadcast(
     if not wait:
         return start(partial(broadcast, x, root, algorithm=algorithm, stream=stream), ranks)
     who = f"rank {ranks.rank}: broadcast"
-    root = ranks._planner.check_root(root, who)
+    root = ranks._planner.reader.check_root(root, who)
     if x is None and ranks.rank == root:
         raise ArgumentError(f"{who}: the root passed None: pass the array to broadcast")
     if is_on_device(x):  # no consistency check: the ranks' types may differ
-        return ranks.call_on_host("", x, lambda host: broadcast(host, root, ranks, algorithm), stream)
+        return ranks._device_planner.call_on_host("", x, lambda host: broadcast(host, root, ranks, algorithm), stream)
     array, give_back = (None, lambda result: result) if x is None else borrow(x, who)
     mine = (array.shape, array.dtype) if array is not None and ranks.rank == root else None
     shape, dtype = ranks.private_comm.bcast(mine, root)
@@ -183,11 +183,11 @@ def allreduce_on_device(
     meaning = operation(op, known, f"rank {ranks.rank}: allreduce")
     if meaning.divides and known.dtype.char not in DEVICE_MEANS:
         body = partial(allreduce, op=op, comm=ranks, algorithm=algorithm, reproducible=reproducible)
-        return ranks.call_on_host("Allreduce", x, body, stream)
-    total = ranks.empty_like(x, known.shape, known.dtype)
+        return ranks._device_planner.call_on_host("Allreduce", x, body, stream)
+    total = ranks._device_planner.empty_like(x, known.shape, known.dtype)
     ranks.Allreduce(x, total, meaning.op, algorithm_argument(algorithm), reproducible, stream)
     if meaning.divides:
-        ranks.divide(total)
+        ranks._device_planner.divide(total)
     return convert_like(total, x)
 
 
@@ -202,14 +202,14 @@ def reduce_scatter_on_device(
     meaning = operation(op, known, who)
     if meaning.divides and known.dtype.char not in DEVICE_MEANS:
         body = partial(reduce_scatter, op=op, comm=ranks, algorithm=algorithm, reproducible=reproducible)
-        return ranks.call_on_host("Reduce_scatter", x, body, stream)
+        return ranks._device_planner.call_on_host("Reduce_scatter", x, body, stream)
     rows, row = rows_per_rank(known.shape[0], ranks.size), math.prod(known.shape[1:])
-    mine = ranks.empty_like(x, (rows[ranks.rank], *known.shape[1:]), known.dtype)
+    mine = ranks._device_planner.empty_like(x, (rows[ranks.rank], *known.shape[1:]), known.dtype)
     ranks.Reduce_scatter(
         x, mine, [each * row for each in rows], meaning.op, algorithm_argument(algorithm), reproducible, stream
     )
     if meaning.divides:
-        ranks.divide(mine)
+        ranks._device_planner.divide(mine)
     return convert_like(mine, x)
 
 
@@ -218,18 +218,18 @@ def allgather_on_device(x: Any, ranks: Communicator, algorithm: str, stream: Any
     x, known = to_c_order(x, "allgather", ranks, stream)
     shape = known.shape or (1,)
     rows, row = exchange_row_counts(shape, known.dtype, ranks), math.prod(shape[1:])
-    gathered = ranks.empty_like(x, (sum(rows), *shape[1:]), known.dtype)
+    gathered = ranks._device_planner.empty_like(x, (sum(rows), *shape[1:]), known.dtype)
     ranks.Allgatherv(x, [gathered, [each * row for each in rows]], algorithm_argument(algorithm), stream)
     return convert_like(gathered, x)
 
 
 def to_c_order(x: Any, name: str, ranks: Communicator, stream: Any) -> tuple[Any, DeviceArray]:
     """The array in C order, and its description; an array in Fortran order is converted on the host."""
-    known = ranks.device_array(x, name, stream)
+    known = ranks._device_planner.array(x, name, stream).owner
     if known.order == "C":
         return x, known
-    copy = ranks.call_on_host("", x, np.ascontiguousarray, stream)
-    return copy, ranks.device_array(copy, name, stream)
+    copy = ranks._device_planner.call_on_host("", x, np.ascontiguousarray, stream)
+    return copy, ranks._device_planner.array(copy, name, stream).owner
 
 
 # Common to all functions

@@ -281,6 +281,51 @@ def trace_into(file: Path | None) -> dict[str, str]:
     return {"HPCCOMM_TIMELINE": str(file.absolute())}
 
 
+def split_words(flag: str, text: str) -> list[str]:
+    """The words of a flag, as a shell splits them."""
+    import shlex
+
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise LaunchError(f"{flag} {text}: {str(error).lower()}: close the quotation marks") from None
+
+
+def check_program(program: Sequence[str]) -> None:
+    """Raise LaunchError for a program that no rank could start, which launchers explain in a page for each rank."""
+    import shutil
+    from importlib.util import find_spec
+
+    first, name = program[0], "".join(program[1:2])
+    if first in ("-m", "-c") and not name:
+        raise LaunchError(f"{first} needs {'a module' if first == '-m' else 'code'} behind it")
+    if first == "-m":
+        top = name.partition(".")[0]
+        here = any(Path(top + ending).exists() for ending in ("", ".py"))
+        if not here and find_spec(top) is None:
+            raise LaunchError(f"-m {name}: {sys.executable} has no module {top}: install it, or pass a script's path")
+    elif first.endswith(".py") and not Path(first).is_file():
+        raise LaunchError(f"{first} does not exist in {Path.cwd()}: pass the path of a script")
+    elif first not in ("-c", "hpccomm") and not first.endswith(".py") and shutil.which(first) is None:
+        kind = "is not executable" if Path(first).exists() else "is no command"
+        raise LaunchError(f"{first} {kind}: pass a script (train.py), -m MODULE, or the path of a program")
+
+
+RANK_BYTES = 30 << 20
+"""The memory of a rank that has imported NumPy and mpi4py and started MPI, at least: Open MPI on one node."""
+
+
+def check_memory(ranks: int) -> None:
+    """Raise LaunchError for more ranks than this machine has memory for, where no scheduler gives others."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    most = max(1, memory // RANK_BYTES)
+    if ranks > most and not any(name in os.environ for name in ALLOCATIONS):
+        raise LaunchError(
+            f"{ranks:,} ranks need more memory than the {memory / 1e9:.3g} GB of this machine: start {most:,} or "
+            "fewer, or name other machines with --mpi-args='--hostfile FILE'"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """``hpccomm-run``: replace this process by the launcher."""
     import shlex
@@ -288,15 +333,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, program = split_arguments(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(own)
     if not program or args.ranks < 1:
-        parser().error("pass the number of ranks and a program: hpccomm-run -n 4 train.py")
+        parser().error("pass the number of ranks, 1 or more, and a program: hpccomm-run -n 4 train.py")
     try:
-        if program[0].endswith(".py") and not args.mpi_args and not Path(program[0]).is_file():
-            raise LaunchError(f"{program[0]} does not exist in {Path.cwd()}: pass the path of a script")
+        more = split_words("--mpi-args", args.mpi_args)
+        if not more:
+            check_program(program)
+            check_memory(args.ranks)
         environ = os.environ | trace_into(args.timeline)
-        command, env = launch_command(args.ranks, program, shlex.split(args.mpi_args), environ)
+        command, env = launch_command(args.ranks, program, more, environ)
     except LaunchError as error:
         sys.stderr.write(f"hpccomm-run: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        return 130
     if args.dry_run:
         added = [f"{name}={value}" for name, value in sorted(env.items()) if os.environ.get(name) != value]
         sys.stdout.write(shlex.join([*added, *command]) + "\n")

@@ -14,9 +14,9 @@ from mpi4py import MPI
 
 from hpccomm.calls import operations
 from hpccomm.calls.buffers import Buffer
+from hpccomm.calls.reader import IN_PLACE, is_in_place
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.reductions.reference import code_of, narrow, storage, widen
-from hpccomm.planner import IN_PLACE, is_in_place
 
 
 def run_named(comm: Any, name: str, op: MPI.Op | str, sendbuf: Any, recvbuf: Any, **rest: Any) -> None:
@@ -24,7 +24,7 @@ def run_named(comm: Any, name: str, op: MPI.Op | str, sendbuf: Any, recvbuf: Any
     who, planner = f"rank {comm.rank}: {name}", comm._planner
     data = recvbuf if is_in_place(sendbuf) else sendbuf
     on_device = planner.uses_device(data)
-    buffer = comm._device_planner.operands(who, data)[0].buffer if on_device else planner.read_buffer(data, who)
+    buffer = comm._device_planner.describe(data, who) if on_device else planner.reader.read_buffer(data, who)
     meaning = operations.resolve(op, who, np.dtype("f4") if buffer.half else buffer.dtype)
     call = partial(getattr(comm, name), op=meaning.op, **rest)
     if not meaning.divides:
@@ -38,20 +38,20 @@ def run_named(comm: Any, name: str, op: MPI.Op | str, sendbuf: Any, recvbuf: Any
             raise ArgumentError(f"{who}: {buffer.kind} on a device: use hpccomm.allreduce(x, 'avg')")
         call(sendbuf, recvbuf)
         if receives:
-            comm.divide(recvbuf)
+            comm._device_planner.divide(recvbuf)
     elif buffer.half:
         average_halves(call, buffer, None if is_in_place(sendbuf) else recvbuf, receives, planner, who)
     else:
         call(sendbuf, recvbuf)
         if receives:
-            divide(planner.read_buffer(recvbuf, who).vector(), comm.size)
+            divide(planner.reader.read_buffer(recvbuf, who).vector(), comm.size)
 
 
 def average_halves(call: Any, data: Buffer, recvbuf: Any, receives: bool, planner: Any, who: str) -> None:
     """Average 16-bit floats in float32, as their sum may overflow; in place if ``recvbuf`` is ``None``."""
     in_place = receives and recvbuf is None
     wide = values_of(data)
-    into = data if in_place else planner.read_buffer(recvbuf, who, writable=True) if receives else None
+    into = data if in_place else planner.reader.read_buffer(recvbuf, who, writable=True) if receives else None
     result = wide if in_place or not into else values_of(into)
     call(IN_PLACE if in_place else wide, result if into else None)
     if into:

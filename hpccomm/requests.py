@@ -26,10 +26,15 @@ from mpi4py import MPI
 
 from hpccomm.arrays import is_on_device
 from hpccomm.calls import operations
-from hpccomm.calls.buffers import Buffer, pad_last
-from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
+from hpccomm.calls.blocks import SIGNATURES, total_bytes
+from hpccomm.calls.buffers import Buffer, pad_last, read_integers
+from hpccomm.calls.call import Call
+from hpccomm.calls.entry import FREED
+from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.calls.reader import Reader, is_in_place
 from hpccomm.errors import ArgumentError, HpccommError
-from hpccomm.progress import Call, has_thread, submit
+from hpccomm.progress import Call as IssuedCall
+from hpccomm.progress import has_thread, submit
 from hpccomm.transports.polling import pause
 
 SEND, RECV, BUF = "sendbuf", "recvbuf", "buf"
@@ -55,13 +60,6 @@ COMPARED: dict[str, tuple[str, ...]] = {
 }
 """MPI's persistent collectives: the first of these buffers that is an array has the same length on all ranks."""
 
-PER_RANK = ("Allgather", "Alltoall")
-"""Collectives in which the count of a buffer's form is that of one rank."""
-
-
-RECEIVED_AT_ROOT, SENT_AT_ROOT = ("Reduce", "Gather", "Gatherv"), ("Scatter", "Scatterv")
-"""Collectives whose receive buffer, or send buffer, matters on the root only."""
-
 TEST_SECONDS, EAGER_SECONDS = 5e-5, 1e-3
 """How long a ``Test`` sleeps, so that the progress thread gets the interpreter; and how long a rank polls one of MPI's
 requests before it sleeps between two polls."""
@@ -70,7 +68,7 @@ requests before it sleeps between two polls."""
 class CollectiveRequest(MPI.Grequest):
     """The request of a non-blocking collective, which a progress thread completes."""
 
-    call: Call
+    call: IssuedCall
     raises = True
     """Whether MPI's own ``Waitall`` and so on raise if the call has failed."""
 
@@ -109,7 +107,7 @@ class CollectiveRequest(MPI.Grequest):
         super().Free()
 
 
-def begin_request(call: Call) -> CollectiveRequest:
+def begin_request(call: IssuedCall) -> CollectiveRequest:
     """A request that is complete when the call is."""
 
     def query(status: MPI.Status) -> None:
@@ -134,6 +132,8 @@ def start_beside(name: str, blocking: Callable[..., None]) -> Callable[..., MPI.
         given = form.bind(self, *args, **named)
         given.apply_defaults()
         _, *arguments = given.arguments.items()
+        if self == MPI.COMM_NULL:
+            raise ArgumentError(FREED)
         if has_thread():
             return start_ours(self, name, dict(arguments), blocking)
         return start_native(self, name, dict(arguments), native)
@@ -249,10 +249,9 @@ def compare_quietly(comm: Any, fingerprint: Fingerprint) -> Callable[[bool], Non
     table = comm._context.consistency if comm._context else None
     if table is None:
         return lambda waits: None
-    table.begin(table.announce(fingerprint))
-    table.compare_entries()  # ranks of other nodes are not waited for
-    number = table.active_seq
-    table.abandon()
+    with table.entered:  # ranks of other nodes are not waited for
+        table.begin(table.announce(fingerprint))
+        number = table.active_seq
 
     def compare(waits: bool) -> None:
         with suppress(ValueError):  # the communicator has been freed
@@ -278,10 +277,10 @@ def compare_at_init(name: str) -> Callable[..., MPI.Prequest]:
 
 def make_request(comm: Any, name: str, native: Callable[..., Any], given: dict[str, Any]) -> Any:
     """Check the call, compare it with those of the other ranks, and let MPI make the request."""
-    refuse_own_arguments(comm, f"{name}_init", given, "a persistent call")
-    fingerprint, arguments = read_call(comm, name, given, f"{name}_init", for_mpi=True)
     made: list[MPI.Prequest] = []
     with comm.context.call(f"{name}_init"):
+        refuse_own_arguments(comm, f"{name}_init", given, "a persistent call")
+        fingerprint, arguments = read_call(comm, name, given, f"{name}_init", for_mpi=True)
         comm._planner.guard(fingerprint, lambda: made.append(native(comm, *arguments.values())), True)()
     return made[0]
 
@@ -304,29 +303,47 @@ def read_call(
 ) -> tuple[Fingerprint, dict[str, Any]]:
     """Check the arguments of a call; returns its fingerprint, and with ``for_mpi`` its arguments as MPI takes them."""
     planner, who = comm._planner, f"rank {comm.rank}: {spelling}"
-    op, root, arguments, buffers = given.get("op"), given.get("root"), dict(given), {}
-    if op is not None:
+    arguments, buffers = dict(given), {}
+    op: Any = given.get("op")
+    root: Any = given.get("root")
+    if "op" in given:
         arguments["op"] = op = operations.read_op(op, who) if for_mpi else operations.resolve(op, who).op
-    if root is not None:
-        planner.check_root(root, who)
-    ignored = {RECV: RECEIVED_AT_ROOT, SEND: SENT_AT_ROOT}
+    if "root" in given:
+        arguments["root"] = root = planner.reader.check_root(root, who)
+    if given.get("recvcounts") is not None:
+        arguments["recvcounts"] = read_integers(given["recvcounts"], "recvcounts", who)
+    form = SIGNATURES[name]
+    ignored = {RECV: form.recv_at_root, SEND: form.send_at_root}
     for key in (SEND, RECV, BUF):
         if key not in given or name == "Alltoallw":
             continue
-        if name in ignored.get(key, ()) and root != comm.rank:
+        if ignored.get(key) and root != comm.rank:
             buffers[key] = Buffer(None)
             continue
         read = read_for_mpi if for_mpi else read_for_thread
         buffers[key] = read(planner, given[key], op, who)
         arguments[key] = buffers[key].raw
-    return describe(name, spelling, [buffers[key] for key in COMPARED[name]], comm.size, op, root), arguments
+    if for_mpi and buffers:
+        check_as_blocking(planner.reader, name, {**given, **{key: arguments[key] for key in form.arguments}}, who)
+    compared = [(key, buffers[key]) for key in COMPARED[name]]
+    return describe(name, spelling, compared, comm.size, op, root), arguments
+
+
+def check_as_blocking(reader: Reader, name: str, given: dict[str, Any], who: str) -> None:
+    """Refuse what the blocking call refuses: MPI's own requests read and write beyond short buffers."""
+    form = SIGNATURES[name]
+    buffers = reader.significant(name, given.get(SEND), given.get(RECV, given.get(BUF)), given.get("root"))
+    try:
+        reader.read(name, *buffers, *(given[each] for each in form.arguments), None)
+    except ArgumentError as error:
+        raise ArgumentError(str(error).replace(reader.call_label(name), who, 1)) from None
 
 
 def read_for_mpi(planner: Any, given: Any, op: MPI.Op | None, who: str) -> Buffer:
     """Read and check a buffer, which belongs to MPI's library while the call runs."""
     if planner.uses_device(given):
         raise ArgumentError(f"{who}: MPI's own requests cannot take an array on a device: pass a copy on the host")
-    buffer: Buffer = planner.read_buffer(given, who, parts=True)
+    buffer: Buffer = planner.reader.read_buffer(given, who, parts=True)
     if op is not None and buffer.half:
         raise ArgumentError(f"{who}: MPI cannot reduce {buffer.kind}: cast to float32 before the call")
     if op is not None and buffer.dtype is not None:
@@ -340,28 +357,17 @@ def read_for_thread(planner: Any, given: Any, op: MPI.Op | None, who: str) -> Bu
         return Buffer(given)
     padded = pad_last(given)
     whole = padded[0] if padded else given
-    buffer: Buffer = planner.read_buffer(whole, who, parts=True) if op is None else planner.read_operand(whole, op, who)
-    return buffer
+    reader: Reader = planner.reader
+    return reader.read_buffer(whole, who, parts=True) if op is None else reader.read_operand(whole, op, who)
 
 
 def describe(
-    name: str, spelling: str, buffers: list[Buffer], size: int, op: MPI.Op | None, root: int | None
+    name: str, spelling: str, buffers: list[tuple[str, Buffer]], size: int, op: MPI.Op | None, root: int | None
 ) -> Fingerprint:
     """The call as the other ranks see it."""
-    data = next((each for each in buffers if each.raw is not None and each.raw is not MPI.IN_PLACE), Buffer(None))
-    dtype, unknown = data.dtype or data.base, UNKNOWN if buffers else ""
-    return Fingerprint(
-        spelling,
-        "" if op is None else operations.name_in_fingerprint(op),
-        unknown if dtype is None else str(count_bytes(name, data, size) // dtype.itemsize),
-        unknown if dtype is None else data.half or str(dtype),
-        "" if root is None else str(root),
-        unknown if dtype is None else data.order,
-    )
-
-
-def count_bytes(name: str, data: Buffer, size: int) -> int:
-    """Bytes in a buffer; a count in the form of some collectives is that of one rank."""
-    if name == "Allgatherv" and data.dtype is not None:
-        return sum(data.blocks(size)[0]) * data.dtype.itemsize
-    return data.nbytes * (size if name in PER_RANK and data.count is not None else 1)
+    key, data = next((each for each in buffers if not is_in_place(each[1].raw)), (BUF, Buffer(None)))
+    kind = SIGNATURES[name].blocks_of(int(key != SEND), in_place=key not in COMPARED[name][:1])
+    call = Call(name, "", 0, size, data, data, op, root, data=data if buffers else None)
+    dtype = data.dtype or data.base
+    call.count = None if dtype is None else str(total_bytes(data, kind, size) // dtype.itemsize)
+    return call.describe("")._replace(collective=spelling)

@@ -11,11 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import test_communicator
 import test_compressors
 import test_engine
 import test_transforms
 import test_verify
 
+from hpccomm import Communicator, MismatchError
+from hpccomm.backends.table import BACKENDS
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.train.methods import METHODS
 
@@ -27,9 +30,10 @@ TWO_SCREENS = 130
 @pytest.fixture
 def tables() -> Iterator[None]:
     """The tables as they were before a page added its row."""
-    algorithms, methods = dict(ALGORITHMS["allreduce"]), dict(METHODS)
+    known: list[dict[str, Any]] = [ALGORITHMS["allreduce"], METHODS, BACKENDS]
+    copies = [dict(each) for each in known]
     yield
-    for table, rows in ((ALGORITHMS["allreduce"], algorithms), (METHODS, methods)):
+    for table, rows in zip(known, copies, strict=True):
         table.clear()
         table.update(rows)
 
@@ -95,3 +99,29 @@ def test_an_optimizer_added_by_its_page_passes_the_tests_of_all_transforms(
     monkeypatch.setitem(test_transforms.ALL, "lion", module.scale_by_lion())
     assert run_table_tests(test_transforms, test_transforms.ALL, name="lion") > 1
     assert "lion" in METHODS
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3, 5), timeout=120)
+def test_a_backend_added_by_its_page_passes_the_tests_of_all_algorithms(tables: None, comm: Any) -> None:
+    run_page("add-a-backend.md")
+    ours = Communicator(comm.Dup())
+    assert "rank_order" in ours.algorithms("allreduce")
+    for n, dtype, op in ((0, "f8", "sum"), (7, "i1", "bxor"), (7, "c16", "sum"), (1000, "f4", "max")):
+        test_communicator.check_allreduce(ours, n, dtype, op)
+    for name in ("test_a_user_defined_operation_works_with_every_algorithm",):
+        getattr(test_communicator, name)(ours)
+    for dtype in test_communicator.HALVES:
+        test_communicator.test_a_nan_of_any_rank_stays_in_minimum_and_maximum(ours, dtype)
+    ours.Free()
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_a_backend_added_by_its_page_compares_the_calls_of_all_ranks(tables: None, comm: Any) -> None:
+    run_page("add-a-backend.md")
+    ours = Communicator(comm.Dup(), algorithm="rank_order")
+    with pytest.raises(MismatchError, match="make the counts the same on all ranks"):
+        ours.Allreduce(test_communicator.np.ones(3 + ours.rank), test_communicator.np.ones(3 + ours.rank))
+    x = test_communicator.np.ones(3)
+    ours.Allreduce(x, y := x * 0)
+    assert y.tolist() == [ours.size] * 3
+    ours.Free()

@@ -125,8 +125,8 @@ def test_a_bandwidth_below_the_required_one_is_a_failure() -> None:
 @pytest.mark.parametrize(
     ("ranks", "line", "words"),
     [
-        (1, "allreduce", "This test requires at least two processes\n"),
-        (3, "osu_bw", "This test requires exactly two processes\n"),
+        (1, "allreduce", "This test requires at least two processes: hpccomm-run -n 2 -m hpccomm bench allreduce"),
+        (3, "osu_bw", "This test requires exactly two processes: hpccomm-run -n 2 -m hpccomm bench bw"),
         (2, "allreduce --algorithm fastest", "allreduce has no algorithm 'fastest': use auto, native"),
         (2, "bcast -k fixed:2", "-k fixed:2: with 2 ranks use a root from 0 to 1"),
         (2, "allreduc", "there is no benchmark 'allreduc': use one of allreduce"),

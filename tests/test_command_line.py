@@ -79,7 +79,7 @@ def test_python_m_hpccomm_is_the_same_command() -> None:
         (["tune", "--collective", "nonsense"], "hpccomm tune: --collective nonsense: use one or several of allreduce"),
         (["bench", "allreduce", "--algorithm", "rign"], "hpccomm bench: allreduce has no algorithm 'rign': use auto"),
         (["train", "mnist"], "hpccomm train: dataset 'mnist' is not known"),
-        (["tune", "--nonsense"], "hpccomm: error: unrecognized arguments: --nonsense"),
+        (["tune", "--nonsense"], "hpccomm tune: unrecognized arguments: --nonsense"),
     ],
 )
 def test_an_error_of_all_ranks_is_printed_once(words: list[str], error: str) -> None:

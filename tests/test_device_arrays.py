@@ -16,10 +16,11 @@ from mpi4py import MPI
 import hpccomm
 from hpccomm import ArgumentError, MismatchError, arrays
 from hpccomm.arrays import StreamBuffer
+from hpccomm.backends.staged import columns
 from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind_segments
-from hpccomm.device_planner import DevicePlanner, columns
+from hpccomm.device_planner import DevicePlanner
 from hpccomm.settings import ON_HOST
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda
@@ -188,7 +189,9 @@ class ThreadPlanner(DevicePlanner):
             node=comm,
             private_comm=comm,
         )
-        super().__init__(SimpleNamespace(rank=comm.rank, size=comm.size, algorithm="auto", context=found, **host))
+        made = SimpleNamespace(rank=comm.rank, size=comm.size, algorithm="auto", context=found, **host)
+        made._own_context = found
+        super().__init__(made)
         self.__dict__["staging"] = Staging(device)
 
     def bind_check(self, *_: Any, **__: Any) -> Callable[[], None]:  # type: ignore[override]
@@ -212,37 +215,41 @@ def operand_sum(p: int, n: int) -> np.ndarray:
 
 def allreduce(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
     x, y = pending_array(device, operand(planner.rank, n)), device.array(np.zeros(n, F4))
-    return planner.allreduce(None, x, y, MPI.SUM, None), y, operand_sum(planner.size, n)
+    return planner.bind(None, "Allreduce", x, y, MPI.SUM, None), y, operand_sum(planner.size, n)
 
 
 def allreduce_in_place(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
     x = pending_array(device, operand(planner.rank, n))
-    return planner.allreduce(None, MPI.IN_PLACE, x, MPI.SUM, None), x, operand_sum(planner.size, n)
+    return planner.bind(None, "Allreduce", MPI.IN_PLACE, x, MPI.SUM, None), x, operand_sum(planner.size, n)
 
 
 def reduce(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
     root = planner.size - 1
     x, y = pending_array(device, operand(planner.rank, n)), device.array(np.zeros(n, F4))
     here = planner.rank == root
-    bound = planner.reduce(None, x, y if here else None, MPI.SUM, root, None)
+    bound = planner.bind(None, "Reduce", x, y if here else None, MPI.SUM, root, None)
     return bound, y if here else x, operand_sum(planner.size, n) if here else operand(planner.rank, n)
 
 
 def bcast(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
     x = pending_array(device, operand(planner.rank, n))
-    return planner.bcast(None, None, x, planner.size // 2, None), x, operand(planner.size // 2, n)
+    return planner.bind(None, "Bcast", None, x, planner.size // 2, None), x, operand(planner.size // 2, n)
 
 
 def allgather(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
     x, y = pending_array(device, operand(planner.rank, n)), device.array(np.zeros(n * planner.size, F4))
-    return planner.allgather(None, x, y, None), y, np.concatenate([operand(k, n) for k in range(planner.size)])
+    return planner.bind(None, "Allgather", x, y, None), y, np.concatenate([operand(k, n) for k in range(planner.size)])
 
 
 def allgather_in_place(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
     whole = np.zeros((planner.size, n), F4)
     whole[planner.rank] = operand(planner.rank, n)
     x = pending_array(device, whole)
-    return planner.allgather(None, MPI.IN_PLACE, x, None), x, np.stack([operand(k, n) for k in range(planner.size)])
+    return (
+        planner.bind(None, "Allgather", MPI.IN_PLACE, x, None),
+        x,
+        np.stack([operand(k, n) for k in range(planner.size)]),
+    )
 
 
 def allgatherv(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
@@ -255,20 +262,24 @@ def allgatherv(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
     want = np.full(10 * planner.size, -1, F4)
     for k, (count, displ) in enumerate(zip(counts, displs, strict=True)):
         want[displ : displ + count] = operand(k, count)
-    return planner.allgatherv(None, x, [y, counts, displs, MPI.FLOAT], None), y, want
+    return planner.bind(None, "Allgatherv", x, [y, counts, displs, MPI.FLOAT], None), y, want
 
 
 def reduce_scatter_block(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
     p, r = planner.size, planner.rank
     x, y = pending_array(device, operand(r, n * p)), device.array(np.zeros(n, F4))
-    return planner.reduce_scatter_block(None, x, y, MPI.SUM, None), y, operand_sum(p, n * p)[r * n : (r + 1) * n]
+    return (
+        planner.bind(None, "Reduce_scatter_block", x, y, MPI.SUM, None),
+        y,
+        operand_sum(p, n * p)[r * n : (r + 1) * n],
+    )
 
 
 def reduce_scatter(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
     counts = tuple((n + k) % 9 for k in range(planner.size))
     first, total = sum(counts[: planner.rank]), sum(counts)
     x, y = pending_array(device, operand(planner.rank, total)), device.array(np.zeros(counts[planner.rank], F4))
-    bound = planner.reduce_scatter(None, x, y, counts, MPI.SUM, None)
+    bound = planner.bind(None, "Reduce_scatter", x, y, counts, MPI.SUM, None)
     return bound, y, operand_sum(planner.size, total)[first : first + counts[planner.rank]]
 
 
@@ -276,7 +287,7 @@ def alltoall(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
     p, r = planner.size, planner.rank
     x, y = pending_array(device, operand(r, n * p)), device.array(np.zeros(n * p, F4))
     return (
-        planner.alltoall(None, x, y, None),
+        planner.bind(None, "Alltoall", x, y, None),
         y,
         np.concatenate([operand(k, n * p)[r * n : (r + 1) * n] for k in range(p)]),
     )
@@ -623,6 +634,21 @@ def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.Mo
     assert y.memory.tolist() == operand(0, 5).tolist()
     comm.Gather(y, x, 0)
     assert x.memory.tolist() == operand(0, 5).tolist()
+
+
+@pytest.mark.parametrize("name", ["Allgather", "Alltoall"])
+def test_arrays_of_different_dtypes_are_refused(name: str) -> None:
+    def body(comm: Any) -> None:
+        device = FakeDevice()
+        planner = ThreadPlanner(comm, device)
+        send, recv = (
+            device.array(np.zeros(4 * (comm.size if name == "Alltoall" else 1), "f4")),
+            device.array(np.zeros(2 * comm.size, "f8")),
+        )
+        with pytest.raises(ArgumentError, match=f"{name}: sends float32, receives float64: make both the same"):
+            planner.bind(None, name, send, recv, None)
+
+    run_on_ranks(2, body)
 
 
 def test_a_wrapped_stream_reaches_only_arrays_on_a_device(device: FakeDevice) -> None:

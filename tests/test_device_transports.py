@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -19,9 +19,9 @@ from test_device_arrays import CASES, F4, SIZES, Case, ThreadPlanner, operand, o
 
 import hpccomm
 from hpccomm import ArgumentError, TransportError, arrays
-from hpccomm.backends import cuda_ipc, device_selection, nccl
+from hpccomm.backends import cuda_ipc, device_selection, mpi_device, nccl
 from hpccomm.backends.cuda_ipc import PeerCopy, PeerReduce, Peers, Phase, divide_bytes
-from hpccomm.backends.device_selection import Call, DeviceTransports
+from hpccomm.backends.device_selection import DeviceTransports
 from hpccomm.errors import LaunchError
 from hpccomm.kernels.reductions.reference import code_of, reduce
 from hpccomm.settings import ON_HOST
@@ -163,8 +163,8 @@ def test_the_setting_selects_the_transport_of_every_collective(
 ) -> None:
     took = []
 
-    def record(transports: DeviceTransports, call: Call) -> str:
-        took.append(choose(transports, call))
+    def record(transports: DeviceTransports, nbytes: int, takers: Any) -> str:
+        took.append(choose(transports, nbytes, takers))
         return took[-1]
 
     choose = DeviceTransports.choose
@@ -203,7 +203,7 @@ def test_other_dtypes_are_reduced_by_the_kernels_as_on_the_host(dtype: Any) -> N
         op = MPI.LOR if dtype == "?" else MPI.SUM
         values = [(operand(k, 50, "f4") / 8).astype(dtype) for k in range(comm.size)]
         x, y = pending_array(device, values[comm.rank]), device.array(np.zeros_like(values[0]))
-        planner.allreduce(None, x, y, op, None).run()
+        planner.bind(None, "Allreduce", x, y, op, None).run()
         want = np.empty_like(values[0])
         code = code_of(want.dtype)
         bits = [each.view(np.uint16) if code == "bf16" else each for each in values]
@@ -219,11 +219,11 @@ def test_reduce_scatter_in_place_overwrites_only_what_was_read() -> None:
         planner, device = planner_of(comm)
         p, r, n = comm.size, comm.rank, 90
         whole = pending_array(device, operand(r, n * p))
-        planner.reduce_scatter_block(None, MPI.IN_PLACE, whole, MPI.SUM, None).run()
+        planner.bind(None, "Reduce_scatter_block", MPI.IN_PLACE, whole, MPI.SUM, None).run()
         assert np.array_equal(whole.get()[:n], operand_sum(p, n * p)[r * n : (r + 1) * n])
         counts = (3, 200, 1)
         whole = pending_array(device, operand(r, sum(counts)))
-        planner.reduce_scatter(None, MPI.IN_PLACE, whole, counts, MPI.SUM, None).run()
+        planner.bind(None, "Reduce_scatter", MPI.IN_PLACE, whole, counts, MPI.SUM, None).run()
         first = sum(counts[:r])
         assert np.array_equal(whole.get()[: counts[r]], operand_sum(p, sum(counts))[first : first + counts[r]])
         planner.release()
@@ -251,7 +251,8 @@ def find_transports(
     )
     libraries[threading.get_ident()] = FakeNccl(comm, device, version)
     verdicts[threading.get_ident()] = verdict
-    return DeviceTransports(context, Staging(device))
+    ours = SimpleNamespace(context=context, staging=Staging(device), comm=SimpleNamespace(_own_context=context))
+    return DeviceTransports(ours)
 
 
 libraries: dict[int, Any] = {}
@@ -265,12 +266,6 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_probe, "verdict", lambda *_: verdicts[threading.get_ident()])
 
 
-def call(nbytes: int, *able: str) -> Call:
-    """A call that some transports support."""
-    given = {name: (lambda *_: None) for name in able}
-    return Call(nbytes, lambda: [], given.get("ipc"), given.get("aware"), given.get("nccl"))  # type: ignore[arg-type]
-
-
 FEW, MANY = device_selection.MANY_BYTES - 1, device_selection.MANY_BYTES
 
 
@@ -278,13 +273,13 @@ FEW, MANY = device_selection.MANY_BYTES - 1, device_selection.MANY_BYTES
 def test_long_calls_use_the_fastest_transport_and_short_ones_avoid_barriers() -> None:
     def body(comm: Any) -> None:
         transports = find_transports(comm)
-        assert transports.describe() == dict.fromkeys(device_selection.BACKENDS, "yes")
-        assert transports.choose(call(MANY, "nccl", "ipc", "aware")) == "nccl"
-        assert transports.choose(call(MANY, "ipc", "aware")) == "ipc"
-        assert transports.choose(call(MANY, "aware")) == "aware"
-        assert transports.choose(call(MANY)) == "staged"
-        assert transports.choose(call(FEW, "nccl", "ipc", "aware")) == "aware"
-        assert transports.choose(call(FEW, "nccl", "ipc")) == "staged"
+        assert transports.describe() == dict.fromkeys(device_selection.device_rows(), "yes")
+        assert transports.choose(MANY, {"nccl", "ipc", "aware", "staged"}) == "nccl"
+        assert transports.choose(MANY, {"ipc", "aware", "staged"}) == "ipc"
+        assert transports.choose(MANY, {"aware", "staged"}) == "aware"
+        assert transports.choose(MANY, {"staged"}) == "staged"
+        assert transports.choose(FEW, {"nccl", "ipc", "aware", "staged"}) == "aware"
+        assert transports.choose(FEW, {"nccl", "ipc", "staged"}) == "staged"
         transports.free()
 
     run_on_ranks(3, body)
@@ -300,7 +295,7 @@ def test_an_unavailable_transport_names_its_reason() -> None:
             in (transports.troubles["aware"])
         )
         assert transports.troubles["nccl"].startswith("ranks share a device: that requires NCCL 2.30, NCCL_MULTI_RANK")
-        assert transports.choose(call(MANY, "nccl", "ipc", "aware")) == "staged"
+        assert transports.choose(MANY, {"nccl", "ipc", "aware", "staged"}) == "staged"
 
     run_on_ranks(4, apart, nodes=[0, 0, 1, 1])
 
@@ -360,8 +355,8 @@ def test_calls_that_a_selected_transport_does_not_support_are_staged() -> None:
     def body(comm: Any) -> None:
         for setting in ("ipc", "nccl", "aware", "staged"):
             transports = find_transports(comm, setting)
-            assert transports.choose(call(4, "nccl", "ipc", "aware")) == setting
-            assert transports.choose(call(MANY)) == "staged"
+            assert transports.choose(4, {"nccl", "ipc", "aware", "staged"}) == setting
+            assert transports.choose(MANY, {"staged"}) == "staged"
             transports.free()
 
     run_on_ranks(2, body)
@@ -371,13 +366,23 @@ def test_calls_that_a_selected_transport_does_not_support_are_staged() -> None:
 def test_memory_that_the_host_can_address_is_staged() -> None:
     transports = run_on_ranks(2, lambda comm: find_transports(comm, ON_HOST))[0]
     assert transports.describe()["ipc"] == "no: HPCCOMM_GPU_TRANSPORT is host"
-    assert transports.choose(call(MANY, "nccl", "ipc", "aware")) == "staged"
+    assert transports.choose(MANY, {"nccl", "ipc", "aware", "staged"}) == "staged"
 
 
 def test_unknown_settings_are_refused() -> None:
     assert device_selection.read_setting("") == device_selection.read_setting("auto") == "auto"
     with pytest.raises(ArgumentError, match="HPCCOMM_GPU_TRANSPORT='pcie' is not known: use one of auto, nccl, ipc"):
         device_selection.read_setting("pcie")
+
+
+def takers(planner: ThreadPlanner, x: Any, op: Any, algorithm: str | None, reproducible: bool) -> tuple[bool, ...]:
+    """Whether CUDA IPC, MPI and NCCL take an allreduce, or without an operation an allgather."""
+    name, rest = ("Allgather", ()) if op is None else ("Allreduce", (op,))
+    call = planner.reader.read(name, MPI.IN_PLACE, planner.describe(x, "test"), *rest, algorithm)
+    call.reproducible = reproducible
+    named = planner.host_algorithm(call)
+    rows = (cuda_ipc.CudaIpc, mpi_device.CudaAwareMpi, nccl.NcclRanks)
+    return tuple(row.takes(cast(Any, None), call, named) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -401,8 +406,7 @@ def test_transports_take_only_calls_that_they_compute_exactly(
 ) -> None:
     def body(comm: Any) -> None:
         planner, device = planner_of(comm)
-        data = planner.operand_of(device.array(np.zeros(3, dtype)), "test", None)
-        assert planner.eligibility("allreduce", data, op, algorithm, reproducible) == expected
+        assert takers(planner, device.array(np.zeros(3 * comm.size, dtype)), op, algorithm, reproducible) == expected
 
     run_on_ranks(2, body)
 
@@ -410,9 +414,8 @@ def test_transports_take_only_calls_that_they_compute_exactly(
 def test_a_user_defined_operation_never_gets_device_pointers() -> None:
     def body(comm: Any) -> None:
         planner, device = planner_of(comm)
-        data = planner.operand_of(device.array(np.zeros(3, F4)), "test", None)
         own = MPI.Op.Create(lambda a, b, datatype: None)
-        assert planner.eligibility("allreduce", data, own, None) == (False, False, False)
+        assert takers(planner, device.array(np.zeros(3, F4)), own, None, False) == (False, False, False)
         own.Free()
 
     run_on_ranks(1, body)

@@ -8,14 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hpccomm import launcher
 from hpccomm.__main__ import COMMANDS, main
 from hpccomm.__main__ import parser as command_parser
 from hpccomm.arguments import complete
+from hpccomm.commands import doctor
 from hpccomm.commands.completion import SHELLS, complete_words
 from hpccomm.commands.progress import Progress, show_progress
 from hpccomm.performance.tuning import COLLECTIVES, Row, Table
@@ -153,10 +156,163 @@ def test_results_that_cannot_be_written_are_refused_before_the_first_measurement
     assert (done.stderr + done.stdout).count(f"{tmp_path}/no") >= 1
 
 
-def test_a_reader_that_has_seen_enough_ends_a_command_quietly() -> None:
-    command = f"{sys.executable} -m hpccomm verify all --size 1:8 | head -1"
-    done = subprocess.run(command, check=False, shell=True, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "missing: command (hpccomm --help)"),
+        ("report {}/none.json", "is no trace: write one with"),
+        ("report {}", "is no trace: write one with"),
+        ("report", "missing: trace (hpccomm report --help)"),
+        ("plot {}/none.json", "is neither a file nor an algorithm: use one of"),
+        ("plot {}/text --out {}/x.png", "holds no measurements: write them with"),
+        ("plot {}/text", "add --out FILE.png"),
+        ("plot ring --size 0", "use 1 or more, and up to 256 ranks"),
+        ("plot ring --size 100000", "use 1 or more, and up to 256 ranks"),
+        ("plot ring --size four", "--size 'four': give a whole number"),
+        ("plot ring --size", "--size needs a value behind it"),
+        ("verify ring --size 0:4", "give numbers of ranks from 1 to 4,096"),
+        ("verify ring --size 4:1", "give numbers of ranks from 1 to 4,096"),
+        ("verify ring --size 1:1000000000000000", "give numbers of ranks from 1 to 4,096"),
+        ("verify ring --size 3,1000000000", "give numbers of ranks from 1 to 4,096"),
+        ("verify ring --size many", "give numbers of ranks from 1 to 4,096"),
+        ("predict allreduce --nodes 0", "give 1 or more of each, and up to 1,048,576 ranks"),
+        ("predict allreduce --nodes 1000000000", "give 1 or more of each, and up to 1,048,576 ranks"),
+        ("predict allreduce --bytes lots", "'lots' is no size: write 4, 64Ki, 100M"),
+        ("predict allreduce --rate fast", "'fast' is no rate: write 100gbit or 12.5GB"),
+        ("predict allreduce --density much", "--density 'much': give a number"),
+        ("slurm init --out {}/no/job", "does not exist: create it or name another file"),
+        ("slurm init --out {} --force", "give a file, not a folder"),
+        ("slurm init --nodes none", "--nodes"),
+        ("slurm", "missing: action (hpccomm slurm --help)"),
+        ("stacks 999999999", "belongs to no job of yours"),
+        ("stacks train.py", "PID 'train.py': give a whole number"),
+        ("completion tcsh", "invalid choice"),
+        ("tune", "one rank has nothing to tune: use more"),
+        ("bench", "the name of a benchmark is missing"),
+        ("bench allreduce", "at least two processes: hpccomm-run -n 2"),
+        ("bench latency", "exactly two processes: hpccomm-run -n 2"),
+        ("bench allreduce -m 64:4", "there is no size from 64 to 4 bytes"),
+        ("bench allreduce -i many", "give 1 or more"),
+        ("bench allreduce --itterations 5", "did you mean --iterations?"),
+        ("train", "missing: dataset (hpccomm train --help)"),
+        ("train digits --epochs 0", "--epochs 0: give 1 or more"),
+        ("train digits --lr fast", "--lr 'fast': give a number"),
+        ("train digits --json {}/no/x.json", "name a file that can be written"),
+        ("train digits --json /sys/x.json", "name a file that can be written"),
+    ],
+)
+def test_a_wrong_turn_is_answered_in_one_line_with_the_cure(
+    words: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("no JSON")
+    try:
+        status = main(words.format(*[tmp_path] * 2).split())
+    except SystemExit as end:
+        status = int(end.code or 0)
+    out, said = capsys.readouterr()
+    assert status
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert "Traceback" not in said + out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "missing: -n/-np/--np/--ranks"),
+        ("-n 2", "pass the number of ranks, 1 or more, and a program: hpccomm-run -n 4 train.py"),
+        ("-n 0 here.py", "pass the number of ranks, 1 or more, and a program: hpccomm-run -n 4 train.py"),
+        ("-n two here.py", "give a whole number"),
+        ("-n 2 --timelime x.json here.py", "did you mean --timeline?"),
+        ("-n 2 nowhere.py", "nowhere.py does not exist in"),
+        ("-n 2 notes.txt", "notes.txt is not executable: pass a script"),
+        ("-n 2 nosuchprogram", "nosuchprogram is no command: pass a script"),
+        ("-n 2 -m", "-m needs a module behind it"),
+        ("-n 2 -m nosuchmodule.part", "has no module nosuchmodule: install it"),
+        ("-n 2 --mpi-args=--x' here.py", "close the quotation marks"),
+        ("-n 2 --timeline no/x.json here.py", "name a file in a folder that exists"),
+        ("-n 10000000 here.py", "ranks need more memory than the"),
+    ],
+)
+def test_a_wrong_turn_at_the_launcher_is_answered_in_one_line_with_the_cure(
+    words: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.py").touch()
+    (tmp_path / "notes.txt").touch()
+    try:
+        status = launcher.main(words.split())
+    except SystemExit as end:
+        status = int(end.code or 0)
+    said = capsys.readouterr().err
+    assert status
+    assert sentence in said
+    assert said.count("\n") == 1
+
+
+def test_programs_that_can_be_started_are_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "alone.py").touch()
+    for program in ("-c pass", "-m own.part", "-m alone", "-m hpccomm info", "alone.py", "hpccomm info", "sh x.sh"):
+        launcher.check_program(program.split())
+    launcher.check_memory(64)
+
+
+def run_in_shell(line: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A line of a shell in which ``hpccomm`` is the command of this tree."""
+    shell = f'hpccomm() {{ "{sys.executable}" -m hpccomm "$@"; }}; set -o pipefail; {line}'
+    env = {**os.environ, **environ}
+    return subprocess.run(["bash", "-c", shell], check=False, capture_output=True, text=True, timeout=120, env=env)
+
+
+@pytest.mark.parametrize(
+    "line", ["verify all --size 1:8", "--help", "bench allreduce -h", "plot ring --size 64", "info", "completion bash"]
+)
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(line: str) -> None:
+    done = run_in_shell(f"hpccomm {line} | (read -r first; echo read)", PYTHONUNBUFFERED="1")
+    assert done.stdout == "read\n"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "environ"),
+    [
+        ("info", {"PYTHONIOENCODING": "ascii"}),
+        ("info", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+        ("train --help", {"PYTHONIOENCODING": "latin-1", "COLUMNS": "20"}),
+        ("verify ring --size 1:4", {"COLUMNS": "0"}),
+        ("plot ring --size 3", {"PYTHONIOENCODING": "ascii"}),
+        ("info > /dev/null", {"HOME": "/nonexistent"}),
+        ("verify ring --size 1:4 >&-", {}),
+    ],
+)
+def test_a_command_works_on_any_terminal(line: str, environ: dict[str, str]) -> None:
+    done = run_in_shell(f"hpccomm {line}", **environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("environ", "mark"),
+    [({}, "\x1b[33m!\x1b[0m"), ({"NO_COLOR": "1"}, "! "), ({"encoding": "ascii"}, "\x1b[33mnote ")],
+)
+def test_doctor_has_colours_and_signs_only_where_they_are_wanted(
+    environ: dict[str, str], mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Screen(io.StringIO):
+        encoding = environ.get("encoding", "utf-8")
+
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name in set(environ) - {"encoding"}:
+        monkeypatch.setenv(name, environ[name])
+    monkeypatch.setattr(sys, "stdout", Screen())
+    said = doctor.line("user", "note", "root", "export it")
+    assert said.startswith(mark)
+    assert said.isascii() == ("encoding" in environ)
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------
@@ -184,22 +340,27 @@ def test_ctrl_c_ends_all_ranks_without_a_traceback() -> None:
     assert "MPI_ABORT" not in said.upper()
 
 
-def test_ctrl_c_ends_a_single_process_with_the_status_of_shells() -> None:
-    code = (
-        "import signal, sys, time\nfrom hpccomm.__main__ import main\nimport hpccomm.commands.verify as v\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests may run with it ignored
-        "def run(args):\n print('running', flush=True); time.sleep(60)\n"
-        "v.run = run\nsys.exit(main(['verify', 'all']))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert interrupt(process, "running") == ""
-    assert process.returncode == 130
+def interrupt_now(*args: Any, **named: Any) -> int:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("at", ["add_arguments", "run"])
+def test_ctrl_c_ends_any_command_with_the_status_of_shells(
+    name: str, at: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = import_module(f"hpccomm.commands.{name}")
+    monkeypatch.setattr(module, at, interrupt_now)
+    if at == "run":
+        monkeypatch.setattr(module, "add_arguments", lambda parser: None)
+    assert main([name]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_ends_the_launcher_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(launcher, "launch_command", interrupt_now)
+    assert launcher.main(["-n", "2", "-c", "pass"]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 # --- waiting ---------------------------------------------------------------------------------------

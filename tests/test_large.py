@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm import ArgumentError, Communicator, planner
-from hpccomm.calls.buffers import read
+from hpccomm import ArgumentError, Communicator
+from hpccomm.backends import native as backend
+from hpccomm.backends.native import LARGE_COUNTS
 from hpccomm.performance.tuning import Choice
-from hpccomm.planner import LARGE_COUNTS, Planner
+from hpccomm.planner import Planner
 from hpccomm.transports.segment import free_bytes
 
 N = 2**31 + 8
@@ -53,13 +54,14 @@ def test_collectives_of_more_than_2_to_the_31_bytes_are_exact(comm: Communicator
 @pytest.mark.mpi
 def test_native_mpi_with_int_counts_gets_no_larger_counts(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     """An MPI of version 3 that counts up to 1000."""
-    monkeypatch.setattr(planner, "INT_MAX", 1000)
-    monkeypatch.setattr(planner, "LARGE_COUNTS", MPI.VERSION + 1)
+    monkeypatch.setattr(backend, "INT_MAX", 1000)
+    monkeypatch.setattr(backend, "LARGE_COUNTS", MPI.VERSION + 1)
     monkeypatch.setattr(comm.context, "decide", lambda *_: Choice("native", None, "the table says so"))
     ours = Planner(comm)
     for n, native in ((1000, True), (1001, False)):
         a = np.ones(n)
-        choice = ours.choose("allreduce", read(a, ""), MPI.SUM, None, "")
+        call = ours.reader.read("Allreduce", MPI.IN_PLACE, a, MPI.SUM, None)
+        choice = ours.choose(call, ours.candidates(call))
         assert (choice.algorithm == "native") == native
         comm.Allreduce(MPI.IN_PLACE, a)
         assert (a == comm.size).all()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hpccomm.__main__ import main
+from hpccomm.commands import warm
 from hpccomm.kernels import linker, objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.launcher import launch_command
@@ -226,6 +227,7 @@ def test_warm_compiles_what_is_missing(
 ) -> None:
     monkeypatch.setattr(objects, "EMITTED", {"run_kernel": objects.EMITTED["run_kernel"]})
     monkeypatch.setattr(probe, "ensure", lambda cores: (probe.Found(REFERENCE, cache / "machine.json"), True))
+    monkeypatch.setattr(warm, "LOOPS", ("vectors",))
     assert objects.describe() == "not compiled yet: run `hpccomm warm`"
     for compiled in (1, 0):
         assert main(["warm"]) == 0
@@ -235,6 +237,12 @@ def test_warm_compiles_what_is_missing(
     monkeypatch.setenv("HPCCOMM_CACHE", "/proc/nowhere")
     assert main(["warm"]) == 1
     assert "set HPCCOMM_CACHE" in capsys.readouterr().err
+
+
+def test_warm_knows_all_loops() -> None:
+    families = {each.parent.name for each in objects.KERNELS.glob("*/loops.py") if "\n@loop(" in each.read_text()}
+    assert set(warm.LOOPS) == families
+    assert warm.compile_loops("vectors") == (objects.KERNELS / "vectors/loops.py").read_text().count("\n@loop(")
 
 
 def test_a_second_process_in_the_background_leaves_the_work_to_the_first(

@@ -61,8 +61,8 @@ def save_set(
 ) -> None:
     """Save the states of all ranks as one set, ``save_set(comm, folder, "run", weights=weights, method=state)``.
 
-    Collective; ``folder`` is shared by all ranks.  ``note`` is kept beside them in JSON.  Raises on all ranks if one
-    cannot write; the older set is then unchanged.
+    Collective; ``folder`` is shared by all ranks.  ``note`` is kept in ``folder/name.json``, beside the keys
+    ``checkpoint`` and ``crc32``.  Raises on all ranks if one cannot write; the older set is then unchanged.
     """
     write_set(comm, folder, name, f"save_set {os.fspath(folder)}", note or {}, states, comm.rank, comm.size)
 
@@ -70,8 +70,9 @@ def save_set(
 def load_set(comm: Any, folder: str | os.PathLike[str], name: str, /, **like: Any) -> tuple[Any, ...]:
     """The states of :func:`save_set` in the form of ``like``, which is not written (collective).
 
-    Another number of ranks may load: :func:`~hpccomm.for_ranks` divides the states anew.  Raises on all ranks for
-    files that are missing, damaged, of another set, or of another method or model.
+    Another number of ranks may load: :func:`~hpccomm.for_ranks` divides the states anew.  Raises ArgumentError on all
+    ranks for files that are missing, damaged, of another set, or of another method or model; where nothing was saved
+    yet, ``folder/name.json`` does not exist.
     """
     what = f"load_set {os.fspath(folder)}"
     manifest = find_set(comm, folder, name, what)

@@ -12,13 +12,18 @@ a second barrier, which moves (5 + 1/p) n.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpccomm.backends.device import DeviceBackend, extent, own_block, sides, streams_of, take_columns
+from hpccomm.calls.call import Call
+from hpccomm.calls.plans import Plan
 from hpccomm.errors import TransportError
-from hpccomm.kernels.reductions.reference import itemsize
+from hpccomm.kernels.reductions.reference import code_of, has_kernel, itemsize
 from hpccomm.transports.cuda import Device, Extent, Ranks, wait
 
 BUFFER_BYTES = 64 << 20
@@ -173,3 +178,105 @@ def divide_bytes(nbytes: int, ranks: int) -> list[tuple[int, int]]:
     """[lo, hi) of each rank's share of ``nbytes`` bytes, in whole elements."""
     step = -(-nbytes // (ranks * ALIGNMENT)) * ALIGNMENT
     return [(min(k * step, nbytes), min((k + 1) * step, nbytes)) for k in range(ranks)]
+
+
+class CudaIpc(DeviceBackend):
+    """CUDA IPC, if all ranks share one node."""
+
+    needs_barriers = True
+
+    def __init__(self, planner: Any) -> None:
+        super().__init__(planner)
+        count = self.context.layout.count
+        if count > 1:
+            raise TransportError(f"the ranks are on {count} nodes")
+        self.peers = Peers(self.device, self.context.node)
+
+    def takes(self, call: Call, algorithm: str) -> bool:
+        """Reductions that have a kernel, and all data movement."""
+        return not algorithm and (call.op is None or has_kernel(call.op_name, call.data.kind))
+
+    def bind(self, call: Call) -> Plan:
+        """Bind the phases."""
+        phases = PHASES[call.collective](call, self.peers.room)
+        return Plan(partial(self.peers.run, phases, streams_of(call)))
+
+    def free(self) -> None:
+        """Free the buffers (collective)."""
+        self.peers.free()
+
+
+def phase_ranges(count: int, bytes_each: int, room: int) -> list[tuple[int, int]]:
+    """[lo, hi) of the phases of ``count`` columns; one empty phase if there are none."""
+    most = max(1, room // bytes_each)
+    step = most - most % ALIGNMENT or most
+    return list(pairwise([*range(0, count, step), count])) or [(0, 0)]
+
+
+def plan_reduce(call: Call, room: int) -> list[Phase]:
+    """Reduce all vectors, on the ranks that receive."""
+    send, recv = call.send, sides(call)[1]
+    code, phases = code_of(send.kind), []
+    for lo, hi in phase_ranges(send.elements, send.width, room):
+        read = extent(send, lo, hi - lo)
+        into = extent(recv, lo, hi - lo).address if recv else 0
+        phases.append(Phase([read], [PeerReduce(call.op_name, code, 0, read.nbytes, into)]))
+    return phases
+
+
+def plan_broadcast(call: Call, room: int) -> list[Phase]:
+    """Copy the root's vector."""
+    data, root = call.recv, call.root
+    assert root is not None
+    extents = [extent(data, lo, hi - lo) for lo, hi in phase_ranges(data.elements, data.width, room)]
+    if call.here:
+        return [Phase([each]) for each in extents]
+    return [Phase([], copies=[PeerCopy(root, 0, each.nbytes, each.address)]) for each in extents]
+
+
+def plan_allgather(call: Call, room: int) -> list[Phase]:
+    """Copy the blocks of all ranks."""
+    (counts, displs), begin, phases = call.blocks(), own_block(call), []
+    for lo, hi in phase_ranges(max(counts), call.recv.width, room):
+        ends = [(min(lo, count), min(hi, count)) for count in counts]
+        extents = [extent(call.recv, displ + a, b - a) for displ, (a, b) in zip(displs, ends, strict=True)]
+        copies = [PeerCopy(k, 0, each.nbytes, each.address) for k, each in enumerate(extents)]
+        a, b = ends[call.rank]
+        phases.append(Phase([extent(call.send, begin + a, b - a)], copies=copies))
+    return phases
+
+
+def plan_alltoall(call: Call, room: int) -> list[Phase]:
+    """Copy this rank's block of every rank."""
+    p, phases, row = call.size, [], call.size * call.recv.width
+    each = call.nbytes // row
+    for lo, hi in phase_ranges(each, row, room):
+        reads, writes = (take_columns(side, each, p, lo, hi) for side in (call.send, call.recv))
+        copies = [PeerCopy(k, reads[call.rank].first, write.nbytes, write.address) for k, write in enumerate(writes)]
+        phases.append(Phase(reads, copies=copies))
+    return phases
+
+
+def plan_reduce_scatter(call: Call, room: int) -> list[Phase]:
+    """Reduce this rank's block.  In place, the result overwrites columns that have been read already."""
+    counts, code, phases = call.counts, code_of(call.recv.kind), []
+    first = np.cumsum([0, *counts]).tolist()
+    for lo, hi in phase_ranges(max(counts), len(counts) * call.recv.width, room):
+        ends = [(min(lo, count), min(hi, count)) for count in counts]
+        reads = [extent(call.send, first[k] + a, b - a, k * (hi - lo)) for k, (a, b) in enumerate(ends)]
+        a, b = ends[call.rank]
+        result = extent(call.recv, a, b - a)
+        reduction = PeerReduce(call.op_name, code, reads[call.rank].first, result.nbytes, result.address, shared=False)
+        phases.append(Phase(reads, [reduction]))
+    return phases
+
+
+PHASES: dict[str, Callable[[Call, int], list[Phase]]] = {
+    "allreduce": plan_reduce,
+    "reduce": plan_reduce,
+    "bcast": plan_broadcast,
+    "allgather": plan_allgather,
+    "alltoall": plan_alltoall,
+    "reduce_scatter": plan_reduce_scatter,
+}
+"""The phases of each collective, each of at most so many bytes."""

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
+from hpccomm.backends.device import DeviceBackend, extent, own_block, streams_of
+from hpccomm.calls.call import Call
+from hpccomm.calls.plans import Plan
 from hpccomm.errors import TransportError
-from hpccomm.kernels.reductions.reference import FLOATS
-from hpccomm.transports.cuda import Device, Ranks, wait
+from hpccomm.kernels.reductions.reference import FLOATS, code_of
+from hpccomm.transports.cuda import TRANSPORT, Device, Ranks, wait
 
 TYPES = {
     "i1": "NCCL_INT8",
@@ -117,3 +121,69 @@ class Nccl:
                 self.comm.recv(recv + peer * nbytes, nbytes, self._octet, peer, self.stream)
         finally:
             self.nccl.groupEnd()
+
+
+class NcclRanks(DeviceBackend):
+    """NCCL, if every rank has a device of its own, or all ranks are configured to share devices."""
+
+    needs_barriers = True
+
+    def __init__(self, planner: Any) -> None:
+        super().__init__(planner)
+        context, found, trouble = self.context, None, ""
+        comm = context.private_comm
+        try:
+            found = library()
+        except TransportError as error:
+            trouble = str(error)
+        place = (int(context.layout.nodes[comm.rank]), self.device.identity)
+        shared = found is not None and context.settings[TRANSPORT] == "nccl" and can_share_device(found)
+        everyone = comm.allgather((trouble, place, shared))
+        for each, _, _ in everyone:
+            if each:
+                raise TransportError(each)
+        places = [each for _, each, _ in everyone]
+        if len(set(places)) < len(places) and not all(each for _, _, each in everyone):
+            raise TransportError(
+                f"ranks share a device: that requires NCCL 2.30, {SHARING}=1 and {TRANSPORT}=nccl on all ranks"
+            )
+        self.ranks = Nccl(self.device, comm, found)
+
+    def takes(self, call: Call, algorithm: str) -> bool:
+        """Integers, sums and products of floats, and data movement; blocks of one length."""
+        if algorithm or call.name not in CALLS or (call.in_place and call.name in APART):
+            return False
+        return call.op is None or reduces(call.op_name, code_of(call.data.kind))
+
+    def bind(self, call: Call) -> Plan:
+        """Bind NCCL's function."""
+        return Plan(partial(self.ranks.run, partial(CALLS[call.name], call=call), streams_of(call)))
+
+    def free(self) -> None:
+        """Destroy the NCCL communicator (collective)."""
+        self.ranks.free()
+
+
+def call_reduction(method: Callable[..., None], call: Call, count: int, *root: int | None) -> None:
+    """Make a reduction; ranks that receive nothing pass any address."""
+    into = (call.recv if call.here else call.send).address
+    method(call.send.address, into, count, code_of(call.send.kind), call.op_name, *root)
+
+
+def call_allgather(nccl: Nccl, call: Call) -> None:
+    """Make an allgather."""
+    mine = extent(call.send, own_block(call), call.blocks()[0][call.rank])
+    nccl.allgather(mine.address, call.recv.address, mine.nbytes)
+
+
+CALLS: dict[str, Callable[..., None]] = {
+    "Allreduce": lambda nccl, call: call_reduction(nccl.allreduce, call, call.send.elements),
+    "Reduce": lambda nccl, call: call_reduction(nccl.reduce, call, call.send.elements, call.root),
+    "Bcast": lambda nccl, call: nccl.bcast(call.recv.address, call.recv.nbytes, call.root),
+    "Allgather": call_allgather,
+    "Alltoall": lambda nccl, call: nccl.alltoall(call.send.address, call.recv.address, call.nbytes // call.size),
+    "Reduce_scatter_block": lambda nccl, call: call_reduction(nccl.reduce_scatter, call, call.counts[0]),
+}
+"""How each collective is called."""
+APART = ("Alltoall", "Reduce_scatter_block")
+"""Those that NCCL does not make in place."""

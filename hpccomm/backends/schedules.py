@@ -5,13 +5,23 @@ Steps are lowered to records (:mod:`hpccomm.collectives.lowering`); what is prov
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from hpccomm.backends.base import Backend
 from hpccomm.backends.interpreter import CompiledSchedule
+from hpccomm.calls import operations
 from hpccomm.calls.buffers import address_of
+from hpccomm.calls.call import Call
+from hpccomm.calls.plans import Plan, Run, compose
 from hpccomm.collectives.engine import Action, BoundSchedule, Combine, Vector, bind_program
+from hpccomm.collectives.hierarchical import Form
+from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.collectives.records import Meeting, Program
+from hpccomm.collectives.schedule import Algorithm, without_node_steps
 from hpccomm.kernels import objects
 from hpccomm.kernels.interpreter.records import SOURCE
 from hpccomm.kernels.reductions.reference import code_of, has_kernel
@@ -22,6 +32,123 @@ IDLE_SECONDS = 2e-3
 
 StallHandler = Callable[[float, list[int]], None]
 """``handler(seconds, missing)`` is called while ranks of the node are missing from a call in shared memory."""
+
+
+SEGMENT_BYTES = 1 << 17
+"""Length of a segment in chains and trees when the tuning table names none."""
+
+
+class OnMessages(Backend):
+    """All schedules of :data:`hpccomm.collectives.ALGORITHMS`, and the hierarchical ones for the ranks' layout.
+
+    Below ``meets_from`` bytes the extra barrier costs too much (measured: 40-60 µs on four ranks that share two cores,
+    a sixth of the time of a 1 MiB ring), and mismatched tags reveal the error anyway.
+    """
+
+    name = "schedules"
+    meets_from = 1 << 23
+
+    def algorithms(self, collective: str) -> tuple[str, ...]:
+        """The names of the schedules."""
+        return tuple(self.context.algorithms(collective))
+
+    def takes(self, call: Call, algorithm: str) -> bool:
+        """Whether the schedule keeps the order of the ranks, if the operation asks for that."""
+        op = call.op
+        ordered = op is None or op.Is_commutative() or self.context.algorithms(call.collective)[algorithm].ordered
+        return call.readable and ordered
+
+    def bind(self, call: Call) -> Plan:
+        """Bind the schedule to its vector and, if it reduces, to the operand, which may be elsewhere."""
+        work = WORKSPACES[call.collective](call, self.context.algorithms(call.collective)[call.choice.algorithm])
+        schedules, kind, op = self.context.schedules, call.data.kind, call.op
+        if schedules.memory:
+            schedules.memory.stall_handler = self.planner.progress_driver()
+        shared = (op is None or op.is_predefined) and schedules.serves(call.op_name or None, kind)
+        form = self.form_of(call, work.vector.nbytes, shared)
+        steps = form.algorithm.steps(call.rank, call.size, *(() if call.root is None else (call.root,)))
+        steps = steps if shared else without_node_steps(steps, call.rank)
+        layout = Layout(work.vector.size, work.vector.itemsize, form.algorithm.blocks(call.size), work.cuts)
+        program = lower(steps, call.rank, layout, form.pipeline, work.source is not None, work.due)
+        reduction = None if op is None else Reduction(operations.combiner(op, kind), kind, call.op_name)
+        bound = schedules.bind(program, work.vector, work.source, reduction, call.fingerprint.digest)
+        return Plan(compose([call.before, work.before, bound, work.after, call.after]), bound.free)
+
+    def form_of(self, call: Call, nbytes: int, shared: bool) -> Form:
+        """What runs for a choice: its algorithm, in segments where they make it faster."""
+        name, segment_bytes = call.choice[:2]
+        if name == "hierarchical":
+            return self.context.hierarchical_form(call.collective, nbytes, shared)
+        ours = self.context.algorithms(call.collective)[name]
+        segment = segment_bytes or (SEGMENT_BYTES if ours.segmented else 0)
+        return Form(ours, Pipeline(-(-nbytes // segment) if segment and nbytes else 1))
+
+
+class Workspace(NamedTuple):
+    """The memory on which a schedule runs."""
+
+    vector: Vector
+    source: Vector | None = None
+    """The operand of a reduction, where it is not in the vector."""
+    cuts: list[int] | None = None
+    """The offsets of blocks."""
+    due: tuple[int, int] | None = None
+    """The elements of the vector that are read afterwards; by default all."""
+    before: Run | None = None
+    after: Run | None = None
+    """Copies to the vector and from it."""
+
+
+def reduce_whole(call: Call, algorithm: Algorithm) -> Workspace:
+    """The workspace of an allreduce."""
+    return Workspace(call.recv.vector(), None if call.in_place else call.send.vector())
+
+
+def reduce_to_root(call: Call, algorithm: Algorithm) -> Workspace:
+    """The workspace of a reduce; ranks other than the root reduce into private work space."""
+    if call.here:
+        return reduce_whole(call, algorithm)
+    source = call.send.vector()
+    return Workspace(np.empty_like(source), source, due=(0, 0))
+
+
+def reduce_blocks(call: Call, algorithm: Algorithm) -> Workspace:
+    """The workspace of a reduce-scatter."""
+    counts, order = call.counts, block_order(algorithm, call.size)
+    into, source = call.recv.vector(counts[call.rank]), call.send.vector(sum(counts))
+    cuts, me = cuts_of(counts, order), order.index(call.rank)
+    work, due = np.empty_like(source), (cuts[me], cuts[me + 1])
+    parts = [work[lo:hi] for lo, hi in pairwise(cuts)]
+    blocks = list(pairwise([0, *np.cumsum(counts).tolist()]))
+    sorts = order != sorted(order)
+    copy_in = copier(zip(parts, (source[slice(*blocks[rank])] for rank in order), strict=True)) if sorts else None
+    block = work[slice(*due)]
+    return Workspace(work, None if copy_in else source, cuts, due, copy_in, lambda: np.copyto(into, block))
+
+
+def gather_blocks(call: Call, algorithm: Algorithm) -> Workspace:
+    """The workspace of an allgather: the receive buffer, or work space if its blocks lie in another order there."""
+    send, recv, (counts, displs) = call.send, call.recv, call.blocks()
+    order = block_order(algorithm, call.size)
+    cuts, block = cuts_of(counts, order), order.index(call.rank)
+    in_order = [displs[rank] for rank in order] == cuts[:-1]
+    work = recv.vector(cuts[-1]) if in_order else np.empty(cuts[-1], recv.dtype)
+    mine = work[cuts[block] : cuts[block + 1]]
+    source = recv.vector(counts[call.rank], displs[call.rank]) if call.in_place else send.vector(send.elements)
+    copy_in = None if call.in_place and in_order else lambda: np.copyto(mine.view("u1"), source.view("u1"))
+    places = [recv.vector(counts[rank], displs[rank]) for rank in order]
+    copy_out = None if in_order else copier(zip(places, (work[lo:hi] for lo, hi in pairwise(cuts)), strict=True))
+    return Workspace(work, None, cuts, None, copy_in, copy_out)
+
+
+WORKSPACES: dict[str, Callable[[Call, Algorithm], Workspace]] = {
+    "allreduce": reduce_whole,
+    "reduce": reduce_to_root,
+    "reduce_scatter": reduce_blocks,
+    "allgather": gather_blocks,
+    "bcast": lambda call, algorithm: Workspace(call.recv.vector().view("u1")),
+}
+"""On which memory the schedules of each collective run."""
 
 
 class Reduction(NamedTuple):
@@ -119,3 +246,24 @@ class NodeSteps(NamedTuple):
 def delay_stall_handler(handler: StallHandler) -> StallHandler:
     """The handler, called only after IDLE_SECONDS."""
     return lambda seconds, missing: handler(seconds, missing) if seconds > IDLE_SECONDS else None
+
+
+def block_order(algorithm: Algorithm, p: int) -> list[int]:
+    """The rank of each block."""
+    return list(range(p)) if algorithm.own_blocks is None else np.argsort(algorithm.own_blocks(p)).tolist()
+
+
+def cuts_of(counts: tuple[int, ...], order: list[int]) -> list[int]:
+    """Offsets of the blocks of these ranks, one after another."""
+    return [0, *np.cumsum([counts[rank] for rank in order]).tolist()]
+
+
+def copier(pairs: Iterable[tuple[Vector, Vector]]) -> Run:
+    """A function that copies the second vector of each pair to the first."""
+    known = [(to, source) for to, source in pairs if to.size]
+
+    def copy() -> None:
+        for to, source in known:
+            to[...] = source
+
+    return copy

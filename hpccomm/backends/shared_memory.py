@@ -11,15 +11,8 @@ between ranks.
     plan = shared.bind_allreduce(send, recv, count, dtype, "sum", fingerprint)
     plan()                                             # as often as you like; keeps no reference to the arrays
 
-    SharedMemory.collectives                           # names of the collectives
-    bind_allreduce(send, recv, count, dtype, op, fingerprint, nontemporal=None, once=False)
-    bind_reduce(send, recv, count, dtype, op, root, fingerprint)        recv is read on the root only
-    bind_reduce_scatter(send, recv, counts, dtype, op, fingerprint)     counts: elements of each rank
-    bind_allgather(send, recv, counts, places, fingerprint)             bytes and displacement of each rank
-    bind_bcast(address, nbytes, root, fingerprint, stall_handler=None)
-    bind_alltoall(send, recv, send_counts, send_places, recv_counts, recv_places, fingerprint)     bytes
-    bind_barrier(fingerprint)
-    bind_entry_barrier(fingerprint)                    before a call on another backend; matches only its own kind
+    shared.bind_reduce(…), shared.bind_bcast(…), …     # the other collectives
+    shared.bind_entry_barrier(fingerprint)             # before a call on another backend; matches only its own kind
 
     shared.empty(shape, dtype)                         # registered: visible to all ranks, reduced without a copy
     shared.view(address, nbytes)                       # memory for one result of a registered array
@@ -243,6 +236,9 @@ class SharedMemory:
         """Free the memory of an allocation whose last view is gone."""
         allocation.alive[0] = 0
         allocation.result = None
+        for each in allocation.plans:
+            each.result = None
+        allocation.plans.clear()
         self._registered.pop(allocation.number, None)
         self._list_allocations()
 
@@ -255,17 +251,18 @@ class SharedMemory:
             self.allocations[place] = (*ends, each.number, each.alive.ctypes.data, each.copies, each.stride)
         self.allocation_count[0] = len(known)
 
-    def view(self, address: int, nbytes: int) -> tuple[SharedSegment, int] | None:
+    def view(self, address: int, nbytes: int) -> tuple[SharedSegment, int, list[Any]] | None:
         """Memory for one result that all ranks share, of calls on a registered array (collective); else ``None``.
 
-        Returns the segment and the offset in it for the result of this part of the array.
+        Returns the segment, the offset in it for the result of this part of the array, and the list of plans whose
+        ``result`` ends with the array.
         """
         allocation = self._allocation((address, nbytes))
         if allocation is None:
             return None
         if allocation.result is None:
             allocation.result = SharedSegment(self._node, allocation.stride)
-        return allocation.result, address - allocation.mine
+        return allocation.result, address - allocation.mine, allocation.plans
 
     def allocation_number(self, address: int, nbytes: int) -> int:
         """The number of the allocation that contains this rank's bytes from an address on; 0 if there is none."""
@@ -314,7 +311,7 @@ class SharedMemory:
             recv_at = 0 if once else recv - allocation.mine
             fill(call, copy_stride=allocation.stride, send_at=send - allocation.mine, recv_at=recv_at)
         plan = self._plan("allreduce", call, nbytes, allocation)
-        return plan if once else self._generalise(plan, "allreduce", nbytes)
+        return plan if once else self._generalise(plan, nbytes)
 
     def bind_reduce(
         self, send: int, recv: int, count: int, dtype: npt.DTypeLike, op: str, root: int, fingerprint: int
@@ -326,7 +323,7 @@ class SharedMemory:
         call = self._reduction(("reduce", root), dtype, op, fingerprint, nbytes)
         call["root"] = root
         self._vector(call, "reduce", send, recv, nbytes, self._direct)
-        return self._generalise(self._plan("reduce", call, nbytes), "reduce", nbytes)
+        return self._generalise(self._plan("reduce", call, nbytes), nbytes)
 
     def bind_reduce_scatter(
         self, send: int, recv: int, counts: Sequence[int], dtype: npt.DTypeLike, op: str, fingerprint: int
@@ -347,7 +344,7 @@ class SharedMemory:
         if disjoint:
             call["recv"] = recv
             plan = self._plan("reduce_scatter", call, cuts[-1])
-            return self._generalise(plan, "reduce_scatter", mine) if even else self._release_addresses(plan)
+            return self._generalise(plan, mine) if even else self._release_addresses(plan)
         part = np.empty(mine, np.uint8)  # recv overlaps bytes that the others still read
         call["recv"] = part.ctypes.data
         run, copy_back = self._plan("reduce_scatter", call, cuts[-1]), copy_plan(recv, part.ctypes.data, mine, part)
@@ -377,7 +374,7 @@ class SharedMemory:
             self._send_in_tree(call, "allgather", max(counts))
         plan = self._plan("allgather", call, max(counts))
         in_order = even and list(places) == [counts[0] * q for q in range(self.size)]
-        return self._generalise(plan, "allgather", counts[0]) if in_order else self._release_addresses(plan)
+        return self._generalise(plan, counts[0]) if in_order else self._release_addresses(plan)
 
     def bind_bcast(
         self, address: int, nbytes: int, root: int, fingerprint: int, stall_handler: StallHandler | None = None
@@ -391,7 +388,7 @@ class SharedMemory:
         if self._uses_single_copy("bcast", nbytes):
             fill(call, protocol=kernels.SINGLE_COPY, carries=kernels.NOTHING)
         plan = self._plan("bcast", call, nbytes, stall_handler=stall_handler)
-        return self._generalise(plan, "bcast", nbytes)
+        return self._generalise(plan, nbytes)
 
     def bind_alltoall(
         self,
@@ -415,14 +412,14 @@ class SharedMemory:
         call["protocol"] = kernels.SINGLE_COPY if single_copy else kernels.PIPELINE
         plan = self._plan("alltoall", call, sum(send_counts))
         in_order = alike and list(recv_places) == even
-        return self._generalise(plan, "alltoall", send_counts[0]) if in_order else plan
+        return self._generalise(plan, send_counts[0]) if in_order else plan
 
     def bind_barrier(self, fingerprint: int) -> Plan:
         """Wait for all ranks."""
         if self.size == 1:
             return copy_plan(0, 0, 0)
         plan = self._plan("barrier", self._call(("barrier",), fingerprint))
-        return self._generalise(plan, "barrier", 0)
+        return self._generalise(plan, 0)
 
     def bind_entry_barrier(self, fingerprint: int) -> Plan:
         """Wait for all ranks before a call on another backend; any other call here is a mismatch."""
@@ -444,14 +441,14 @@ class SharedMemory:
 
         The root of the tree has the blocks of all ranks in its buffer.
         """
-        if not len(self._tree) or name not in IN_TREE:
+        if not len(self._tree) or SERVES[name].carries == kernels.NOTHING:
             return -1
         return min(self.parameters.in_tree, records.BUFFER // (1 if name == "bcast" else self.size))
 
     def _send_in_tree(self, call: npt.NDArray[Any], name: str, nbytes: int) -> None:
         """Let a small call go along the tree."""
         if nbytes <= self._most_in_tree(name):
-            fill(call, protocol=kernels.IN_TREE, carries=IN_TREE[name])
+            fill(call, protocol=kernels.IN_TREE, carries=SERVES[name].carries)
 
     def _slot_stride(self, nbytes: int) -> int:
         """Bytes of the parts of a slot that consecutive calls use in turn, 0 for none."""
@@ -521,23 +518,22 @@ class SharedMemory:
             call["tuning"] = self._tuning_row(name, nbytes)
         return SharedCall(self, name, call, stall_handler or self.stall_handler, allocation)
 
-    def _generalise(self, plan: SharedCall, name: str, nbytes: int) -> SharedCall:
+    def _generalise(self, plan: SharedCall, nbytes: int) -> SharedCall:
         """Let a plan take other addresses, and all lengths whose records are like that of ``nbytes`` bytes."""
-        plan.lengths, plan.checked = self.lengths(name, nbytes), int(name != "alltoall")
-        plan.table = TABLES.index({"reduce_scatter": "blocks"}.get(name, name if name in TABLES else "none"))
-        plan.sized = {"reduce_scatter": self.size}.get(name, int(name in ("allreduce", "reduce", "bcast")))
-        plan.registers = int(name == "allreduce" and nbytes >= self.parameters.registered)
-        return self._set_release(plan, name)
+        serves = SERVES[plan.name]
+        plan.lengths, plan.checked, plan.table = self.lengths(plan.name, nbytes), serves.checked, serves.table
+        plan.sized = serves.sized * (self.size if serves.blockwise else 1)
+        plan.registers = int(serves.registers and nbytes >= self.parameters.registered)
+        return self._set_release(plan)
 
     def _release_addresses(self, plan: SharedCall) -> SharedCall:
         """Let a plan take other addresses with the same lengths and places of blocks."""
         plan.lengths, plan.checked, plan.table, plan.sized, plan.registers = ALL_LENGTHS, 0, 0, 0, 0
-        return self._set_release(plan, plan.name)
+        return self._set_release(plan)
 
-    def _set_release(self, plan: SharedCall, name: str) -> SharedCall:
+    def _set_release(self, plan: SharedCall) -> SharedCall:
         """Note whether a plan may wait so long that it releases the GIL."""
-        short = (kernels.INLINE, kernels.BUFFERED, kernels.IN_TREE, *([kernels.DIRECT] if name != "allreduce" else []))
-        plan.releases = int(name != "barrier" and plan.call["protocol"] not in short)
+        plan.releases = int(plan.call["protocol"] not in (kernels.IN_TREE, *SERVES[plan.name].short))
         return plan
 
     def lengths(self, name: str, nbytes: int) -> tuple[int, int]:
@@ -550,23 +546,13 @@ class SharedMemory:
 
     def _first_lengths(self, name: str) -> list[int]:
         """The lengths at which the record of a collective's calls changes."""
-        parts = self.size if name in ("alltoall", "reduce_scatter") else 1
-        powers = [1 << k for k in range(63)]
-        limits = {
-            "allreduce": (records.PAYLOAD_BYTES, self._direct_sum),
-            "reduce": (records.PAYLOAD_BYTES, self._direct),
-            "bcast": (records.PAYLOAD_BYTES, records.BUFFER),
-            "allgather": (records.BUFFER,),
-            "reduce_scatter": (records.BUFFER // self.size,),
-        }
-        at = [0, AUTOTUNE_BYTES, *powers, *(each + 1 for each in powers), *(each + 1 for each in limits.get(name, ()))]
-        at.append(self._most_in_tree(name) // (self.size if name == "reduce_scatter" else 1) + 1)
-        if name == "allreduce":
-            at += [self.parameters.registered, -(-self.parameters.nontemporal // self.size)]
+        serves, powers = SERVES.get(name, Serves()), [1 << k for k in range(63)]
+        at = [0, AUTOTUNE_BYTES, *powers, *(each + 1 for each in powers), *serves.starts(self)]
+        at.append(self._most_in_tree(name) // (self.size if serves.blockwise else 1) + 1)
         if name in SINGLE_COPIES:
-            at.append(-(-self._single_copy_bytes(name) // (1 if name == "bcast" else self.size)))
-        if parts > 1:
-            at += [-(-each // parts) for each in (AUTOTUNE_BYTES, *powers)]
+            at.append(-(-self._single_copy_bytes(name) // (1 if serves.sized else self.size)))
+        if serves.blockwise:
+            at += [-(-each // self.size) for each in (AUTOTUNE_BYTES, *powers)]
         return sorted({*at, 1 << 62})
 
     # Return codes
@@ -618,6 +604,54 @@ GENERAL = ("lengths", "checked", "table", "sized", "registers", "releases")
 
 
 ALL_LENGTHS = (0, 1 << 62)
+
+
+class Serves(NamedTuple):
+    """Which other calls the record of one collective's call can serve."""
+
+    table: int = TABLES.index("none")
+    """The kind of its table of blocks."""
+    sized: int = 0
+    """Whether the record contains the length."""
+    checked: int = 1
+    """Whether the ranks compare the length."""
+    blockwise: bool = False
+    """Whether the length is that of one block, and the record depends on the sum of all."""
+    registers: bool = False
+    """Whether the record depends on registered memory."""
+    short: tuple[int, ...] = (kernels.INLINE, kernels.BUFFERED, kernels.DIRECT)
+    """The protocols in which a call does not wait for long."""
+    starts: Callable[[SharedMemory], Sequence[int]] = lambda memory: ()
+    """First lengths with another record than shorter calls; those of all collectives are not among them."""
+    carries: int = kernels.NOTHING
+    """What small calls of many ranks send along the tree."""
+
+
+PAYLOAD_END, BUFFER_END = records.PAYLOAD_BYTES + 1, records.BUFFER + 1
+SERVES = {
+    "allreduce": Serves(
+        sized=1,
+        registers=True,
+        short=(kernels.INLINE, kernels.BUFFERED),
+        starts=lambda memory: (
+            *(PAYLOAD_END, memory._direct_sum + 1, memory.parameters.registered),
+            -(-memory.parameters.nontemporal // memory.size),
+        ),
+        carries=kernels.SUM_TO_ALL,
+    ),
+    "reduce": Serves(sized=1, starts=lambda memory: (PAYLOAD_END, memory._direct + 1), carries=kernels.SUM_TO_ROOT),
+    "bcast": Serves(sized=1, starts=lambda memory: (PAYLOAD_END, BUFFER_END), carries=kernels.VECTOR_OF_ROOT),
+    "allgather": Serves(TABLES.index("allgather"), starts=lambda memory: (BUFFER_END,), carries=kernels.BLOCKS_TO_ALL),
+    "alltoall": Serves(TABLES.index("alltoall"), checked=0, blockwise=True),
+    "reduce_scatter": Serves(
+        TABLES.index("blocks"),
+        sized=1,
+        blockwise=True,
+        starts=lambda memory: (records.BUFFER // memory.size + 1,),
+        carries=kernels.SUM_IN_BLOCKS,
+    ),
+    "barrier": Serves(),
+}
 
 
 class SharedCall:
@@ -707,14 +741,6 @@ SHORT_TRIAL_BYTES = 1 << 24
 """From here on a trial is short, since every call in it takes milliseconds."""
 SINGLE_COPIES = ("bcast", "alltoall", "allgather")
 """Collectives that can copy from process to process."""
-IN_TREE = {
-    "allreduce": kernels.SUM_TO_ALL,
-    "reduce": kernels.SUM_TO_ROOT,
-    "reduce_scatter": kernels.SUM_IN_BLOCKS,
-    "allgather": kernels.BLOCKS_TO_ALL,
-    "bcast": kernels.VECTOR_OF_ROOT,
-}
-"""Collectives whose small calls can go along the tree, and what they carry."""
 UNTUNED = (kernels.INLINE, kernels.SINGLE_COPY, kernels.IN_TREE)
 """Protocols in which the way to fill slots makes no difference."""
 
@@ -818,6 +844,8 @@ class Allocation:
         self.mine = copies + rank * stride
         self.result: SharedSegment | None = None
         """Memory for one shared result, made at the first request."""
+        self.plans: list[Any] = []
+        """The plans that keep views of it."""
         self.alive = np.ones(1, np.int64)
         """Zero when the arrays are gone: another array may then have their address."""
 

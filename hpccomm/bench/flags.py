@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from hpccomm.arguments import describe_meant
+from hpccomm.arguments import explain
 from hpccomm.bench import nccl_flags
 from hpccomm.bench.cases import CASES, Case
 from hpccomm.bench.loop import Options
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the error."""
-        raise ArgumentError(f"{message}{describe_meant(message, self)} (see {self.prog} -h)")
+        raise ArgumentError(f"{explain(message, self)} ({self.prog} --help)")
 
 
 class Other(NamedTuple):

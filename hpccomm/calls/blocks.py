@@ -1,8 +1,8 @@
-"""The blocks of a collective's buffers: which bytes it sends and receives, checked before the first message.
+"""What each collective takes: its arguments, and the blocks of its buffers, checked before the first message.
 
-*p ranks; a buffer has one block, p blocks of one length, or p blocks of any length.*  The lengths of blocks of any
-length may differ between ranks, but what a rank sends to another must be what that one receives from it: ranks of a
-node write both into the consistency table (:class:`Amounts`).
+*p ranks; a buffer has one block, p blocks of one length, or p blocks of any length.*  :data:`SIGNATURES` is the table
+of the collectives.  The lengths of blocks of any length may differ between ranks, but what a rank sends to another must
+be what that one receives from it: ranks of a node write both into the consistency table (:class:`Amounts`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,21 @@ from hpccomm.calls.buffers import Buffer, split_form
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import NOT_COMPARED
 
-ONE, EQUAL, PARTS, TYPED = "one block", "equal blocks", "blocks of any length", "blocks of any datatype"
+NONE, ONE, EQUAL = "no buffer", "one block", "equal blocks"
+PARTS, TYPED = "blocks of any length", "blocks of any datatype"
 
 
-class BlockForm(NamedTuple):
-    """The blocks of one collective's buffers, and whether only the root has them."""
+class Signature(NamedTuple):
+    """What one collective takes: the blocks of its buffers, whether only the root has them, and its arguments."""
 
     send: str
     recv: str
+    arguments: tuple[str, ...] = ()
+    """The arguments after the buffers, in MPI's order."""
+    family: str = ""
+    """The collective whose algorithms it uses; empty where only MPI has any."""
+    synchronises: bool = False
+    """Whether no rank leaves it before all ranks have entered."""
     send_at_root: bool = False
     recv_at_root: bool = False
 
@@ -34,16 +41,37 @@ class BlockForm(NamedTuple):
         """Whether blocks may have any length."""
         return bool({self.send, self.recv} & {PARTS, TYPED})
 
+    @property
+    def blockwise(self) -> bool:
+        """Whether calls are counted in bytes of one block."""
+        return EQUAL in self[:2]
 
-FORMS = {
-    "Gather": BlockForm(ONE, EQUAL, recv_at_root=True),
-    "Gatherv": BlockForm(ONE, PARTS, recv_at_root=True),
-    "Scatter": BlockForm(EQUAL, ONE, send_at_root=True),
-    "Scatterv": BlockForm(PARTS, ONE, send_at_root=True),
-    "Alltoallv": BlockForm(PARTS, PARTS),
-    "Alltoallw": BlockForm(TYPED, TYPED),
+    def blocks_of(self, number: int, in_place: bool) -> str:
+        """The blocks of buffer ``number`` (0: send, 1: receive); in place the one buffer has those of both."""
+        both = self[:2] if in_place else self[number : number + 1]
+        return next((kind for kind in (PARTS, EQUAL) if kind in both), ONE)
+
+
+SIGNATURES = {
+    "Allreduce": Signature(ONE, ONE, ("op",), "allreduce", synchronises=True),
+    "Reduce": Signature(ONE, ONE, ("op", "root"), "reduce", recv_at_root=True),
+    "Reduce_scatter_block": Signature(EQUAL, ONE, ("op",), "reduce_scatter", synchronises=True),
+    "Reduce_scatter": Signature(ONE, ONE, ("recvcounts", "op"), "reduce_scatter", synchronises=True),
+    "Allgather": Signature(ONE, EQUAL, (), "allgather", synchronises=True),
+    "Allgatherv": Signature(ONE, PARTS, (), "allgather", synchronises=True),
+    "Bcast": Signature(NONE, ONE, ("root",), "bcast"),
+    "Alltoall": Signature(EQUAL, EQUAL, (), "alltoall"),
+    "Barrier": Signature(NONE, NONE, (), "barrier", synchronises=True),
+    "Scan": Signature(ONE, ONE, ("op",)),
+    "Exscan": Signature(ONE, ONE, ("op",)),
+    "Gather": Signature(ONE, EQUAL, ("root",), recv_at_root=True),
+    "Gatherv": Signature(ONE, PARTS, ("root",), recv_at_root=True),
+    "Scatter": Signature(EQUAL, ONE, ("root",), send_at_root=True),
+    "Scatterv": Signature(PARTS, ONE, ("root",), send_at_root=True),
+    "Alltoallv": Signature(PARTS, PARTS),
+    "Alltoallw": Signature(TYPED, TYPED),
 }
-"""The collectives that move blocks and that only MPI runs."""
+"""All collectives; those without a family only MPI runs."""
 
 
 class Amounts(NamedTuple):
@@ -106,6 +134,16 @@ def overlap_within(blocks: Sequence[tuple[int, int]]) -> bool:
     return any(a[1] > b[0] for a, b in pairwise(ordered))
 
 
+def total_bytes(buffer: Buffer, kind: str, p: int) -> int:
+    """Bytes in all blocks of a buffer; the count in the form of equal blocks is that of one block."""
+    if kind == ONE or (buffer.dtype is None and buffer.count is None):
+        return buffer.nbytes
+    if buffer.dtype is None:
+        return buffer.nbytes * p
+    each = buffer.dtype.itemsize
+    return each * (sum(buffer.blocks(p)[0]) if kind == PARTS else buffer.block_length(p) * p)
+
+
 def block_bytes(buffer: Buffer, kind: str, p: int) -> tuple[int, ...]:
     """Bytes of each block, also of a buffer that mpi4py must read; ``NOT_COMPARED`` where that is unknown."""
     unknown = (NOT_COMPARED,) * (1 if kind == ONE else p)
@@ -135,7 +173,7 @@ def read_block_bytes(form: Any, p: int) -> tuple[int, ...]:
 
 
 def amounts_of(
-    form: BlockForm, send: Buffer | None, recv: Buffer | None, rank: int, p: int, root: int | None
+    form: Signature, send: Buffer | None, recv: Buffer | None, rank: int, p: int, root: int | None
 ) -> Amounts:
     """What this rank sends and receives in a call; ``None`` for a buffer that it does not have, or in place."""
     sends, receives = [NOT_COMPARED] * p, [NOT_COMPARED] * p

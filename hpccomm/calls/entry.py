@@ -24,14 +24,14 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.calls.blocks import Amounts
+from hpccomm.calls.blocks import EQUAL, NONE, ONE, PARTS, SIGNATURES, Amounts, Signature
 from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.consistency import EnteredCall
 from hpccomm.calls.fingerprint import template_digest
-from hpccomm.calls.operations import SUM_OF_AVERAGE
+from hpccomm.calls.operations import SUM_OF_AVERAGE, SUM_OF_SCALED
 from hpccomm.calls.plans import NativeCall
 from hpccomm.collectives import ALGORITHMS as SCHEDULES
-from hpccomm.errors import HpccommError, TransportError
+from hpccomm.errors import ArgumentError, HpccommError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.kernels.entry import body, records
@@ -58,10 +58,6 @@ from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
 from hpccomm.kernels.shared_memory.records import fill, offset_of
 
-ONE_BLOCK = ("gather", "scatter")
-"""Collectives whose fingerprints count one block, although one rank has a block of every rank."""
-UNCOUNTED = ("gatherv", "scatterv", "alltoallv")
-"""Collectives of which every two ranks compare what one sends to the other."""
 MAX_RANKS = 256
 """Python has one object each for the integers up to 256, so a root is recognised by its address."""
 FIRST_ROWS, MAX_ROWS = 64, 4096
@@ -86,6 +82,14 @@ class Key(NamedTuple):
 def decline(*arguments: Any) -> int:
     """The door of a communicator without a compiled entry."""
     return NOT_MINE
+
+
+FREED = "the communicator has been freed: make a new one"
+
+
+def refuse(*arguments: Any) -> int:
+    """The door of a communicator that has been freed."""
+    raise ArgumentError(FREED)
 
 
 class Doors:
@@ -114,48 +118,46 @@ class Doors:
     def __init__(self) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Leave all calls to the Python path."""
+    def close(self, door: Door = decline) -> None:
+        """Leave all calls to the Python path, or to another ``door``."""
         for name in COLLECTIVES:
-            setattr(self, name, decline)
+            setattr(self, name, door)
 
 
 COLLECTIVES = tuple(Doors.__annotations__)
-INHERITED = ("gather", "scatter", "scan", "exscan", "alltoallv", "gatherv", "scatterv")
+FORMS = {name.lower(): form for name, form in SIGNATURES.items() if name.lower() in COLLECTIVES}
+INHERITED = tuple(name for name, form in FORMS.items() if not form.family)
 """Collectives that only MPI runs."""
+ONE_BLOCK = tuple(name for name in INHERITED if FORMS[name].blockwise)
+"""Collectives whose fingerprints count one block, although one rank has a block of every rank."""
+UNCOUNTED = tuple(name for name in INHERITED if FORMS[name].varies)
+"""Collectives of which every two ranks compare what one sends to the other."""
 
 
 def door_facts(p: int) -> dict[str, dict[str, int]]:
-    """The fields of each collective's door that are not 0, for p ranks."""
+    """The fields of each collective's door for p ranks."""
+    return {name: read_facts(form, p) for name, form in FORMS.items()}
+
+
+def read_facts(form: Signature, p: int) -> dict[str, int]:
+    """The fields of a door for a collective that takes ``form``."""
+    blocks = {NONE: 0, ONE: 1, EQUAL: p, PARTS: 1}
+    counts_given, gathers = "recvcounts" in form.arguments, form.family == "allgather"
+    in_place = blocks[form.recv] if form.send == ONE and not counts_given else 0
+    uneven = SENT_UNEVEN * (form.send == PARTS) | RECEIVED_UNEVEN * (form.recv == PARTS) | COUNTS_GIVEN * counts_given
+    sent_at_root = form.send == NONE and "root" in form.arguments
     return {
-        "allreduce": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1},
-        "reduce": {
-            **{"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1},
-            "rooted": RECEIVES_AT_ROOT,
-        },
-        "reduce_scatter_block": {"send_blocks": p, "recv_blocks": 1, "send_counted": p},
-        "allgather": {"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p, "own_block": 1},
-        "bcast": {"recv_blocks": 1, "rooted": IS_SENT_AT_ROOT},
-        "alltoall": {"send_blocks": p, "recv_blocks": p, "send_counted": p, "recv_counted": p},
-        "barrier": {},
-        "gather": {
-            **{"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p},
-            "rooted": RECEIVES_AT_ROOT,
-        },
-        "scatter": {"send_blocks": p, "recv_blocks": 1, "send_counted": p, "rooted": SENDS_AT_ROOT},
-        "scan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
-        "exscan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
-        "allgatherv": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "uneven": RECEIVED_UNEVEN},
-        "reduce_scatter": {"send_blocks": 1, "recv_blocks": 1, "uneven": COUNTS_GIVEN},
-        "alltoallv": {"send_blocks": 1, "recv_blocks": 1, "uneven": SENT_UNEVEN | RECEIVED_UNEVEN | ANY_LAYOUT},
-        "gatherv": {
-            **{"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
-            **{"rooted": RECEIVES_AT_ROOT, "uneven": RECEIVED_UNEVEN | ANY_LAYOUT},
-        },
-        "scatterv": {
-            **{"send_blocks": 1, "recv_blocks": 1},
-            **{"rooted": SENDS_AT_ROOT, "uneven": SENT_UNEVEN | ANY_LAYOUT},
-        },
+        "send_blocks": blocks[form.send],
+        "recv_blocks": blocks[form.recv],
+        "in_place_blocks": in_place,
+        "same_is_in_place": int(bool(form.family and in_place) and "op" in form.arguments),
+        "send_counted": p if form.send == EQUAL else 1,
+        "recv_counted": p if form.recv == EQUAL else 1,
+        "own_block": int(gathers and form.recv == EQUAL),
+        "rooted": RECEIVES_AT_ROOT * form.recv_at_root
+        | SENDS_AT_ROOT * form.send_at_root
+        | IS_SENT_AT_ROOT * sent_at_root,
+        "uneven": uneven | ANY_LAYOUT * (form.varies and not form.family),
     }
 
 
@@ -171,6 +173,8 @@ class Entry:
         self, doors: Doors, rank: int, size: int, memory: Any, table: Any, meeting: Any, recorded: dict[str, int]
     ) -> None:
         self._doors, self._rank, self._memory, self._meeting, self._table = doors, rank, memory, meeting, table
+        self._resumes = False
+        """Whether Python continues a call, during which signal handlers run."""
         self._facts = door_facts(size)
         self._types, self._items = type_table(list_objects()), item_sizes()
         self._record, self._blocks = np.zeros((), ENTRY_RECORD), np.zeros(4 * size, np.int64)
@@ -196,8 +200,7 @@ class Entry:
     def _open_door(self, name: str) -> npt.NDArray[Any]:
         """Open the door of a collective; returns its record, which must stay alive."""
         door = np.zeros(1, records.DOOR_RECORD)
-        facts = {"send_counted": 1, "recv_counted": 1, **self._facts[name]}
-        fill(door[0:1], entry=self._record.ctypes.data, collective=COLLECTIVES.index(name), **facts)
+        fill(door[0:1], entry=self._record.ctypes.data, collective=COLLECTIVES.index(name), **self._facts[name])
         setattr(self._doors, name, make_builtin(name, objects.address("enter"), door))
         return door
 
@@ -232,7 +235,7 @@ class Entry:
             self._layouts.add(key.layout)
             return  # many programs use one layout once
         name, item = COLLECTIVES[key.kind & 0xFF], self._items[key.kind >> records.TOKEN_BITS]
-        blocks = 1 if name in ONE_BLOCK else max(1, self._facts[name].get("recv_blocks", 1)) * (name not in UNCOUNTED)
+        blocks = 1 if name in ONE_BLOCK else max(1, self._facts[name]["recv_blocks"]) * (name not in UNCOUNTED)
         values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
         first, last = class_lengths(key.nbytes)
@@ -304,20 +307,26 @@ class Entry:
 
     def resume(self, code: int) -> None:
         """Continue a call in shared memory whose kernel has ended with ``code``, which its door has returned."""
-        row = int(self._record["row"])
+        row, self._resumes = int(self._record["row"]), True
         try:
             self._calls[load(row + offset_of(records.ROW_RECORD, "number"))].resume(code)
         except HpccommError:
             self._pending.value = 0
             raise
         finally:
+            self._resumes = False
             self._end_event()
         self._pending.value = 0
         if self._record["short"]:
             ctypes.memmove(*(int(self._record[name]) for name in ("short", "recv", "short_bytes")))
 
     def check_interrupted(self) -> None:
-        """Raise if an exception, such as Ctrl-C, has come between a door and the rest of a call."""
+        """Raise if a call is made inside another one, or if an exception, such as Ctrl-C, has ended the last one."""
+        if self._resumes:
+            raise ArgumentError(
+                f"rank {self._rank}: this call is made while another one of its communicator runs, by a signal "
+                "handler, __del__ or a thread: let it wait for the end of that one, or use another communicator"
+            )
         if self._pending.value:
             for each in filter(None, (self._memory, self._table)):
                 each.abandon()
@@ -416,6 +425,7 @@ def list_types() -> tuple[tuple[Any, int, int], ...]:
     known_ops = (
         *(each for each in vars(MPI).values() if isinstance(each, MPI.Op) and each != MPI.OP_NULL),
         SUM_OF_AVERAGE,
+        SUM_OF_SCALED,
     )
     return (*types, *((each, 0, 1) for each in known_ops))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,20 +30,33 @@ class NativeCall(NamedTuple):
     """Whether ranks compare their calls before MPI moves data."""
 
 
+@dataclass(slots=True, eq=False)
 class Plan:
     """A call that is ready to run; on messages it runs a :class:`hpccomm.collectives.engine.BoundSchedule`."""
 
-    __slots__ = ("free", "result", "row", "run", "text")
+    run: Run
+    free: Run = lambda: None
+    result: Any = None
+    """The return value of the call, if it has one."""
+    row: Any = None
+    """From which the compiled entry makes a row for other calls of the kind: a call in shared memory or of MPI."""
+    text: int = 0
+    """The number of its text in the flight recorder; 0 without one."""
+    lasts: bool = True
+    """Whether it may be kept: it holds no reference to the user's arrays."""
 
-    def __init__(self, run: Run, free: Run | None = None, result: Any = None, row: Any = None, text: int = 0) -> None:
-        self.run = run
-        self.free = free or (lambda: None)
-        self.result = result
-        """The return value of the call, if it has one."""
-        self.row = row
-        """From which the compiled entry makes a row for other calls of the kind: a call in shared memory or of MPI."""
-        self.text = text
-        """The number of its text in the flight recorder; 0 without one."""
+
+def compose(moves: Sequence[Run | None]) -> Run:
+    """One function that runs all moves in order."""
+    acts = [move for move in moves if move is not None]
+    if len(acts) == 1:
+        return acts[0]
+
+    def run() -> None:
+        for act in acts:
+            act()
+
+    return run
 
 
 def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:
@@ -101,6 +115,7 @@ def member_key(member: Any) -> Hashable:
     if isinstance(member, SEQUENCES):
         members = tuple(member)
         return members if members and type(members[0]) is int else tuple(map(member_key, members))
+    hash(member)  # raises TypeError for a set
     return member  # type: ignore[no-any-return]
 
 

@@ -117,10 +117,11 @@ def refuse(world: Any, printer: Printer, why: str) -> int:
 
 
 def rank_count_error(command: BenchArguments, ranks: int) -> str:
-    """OSU's sentence for too few or too many ranks; empty where the number is right."""
-    if command.case.ends:
-        return "" if ranks == 2 else "This test requires exactly two processes"
-    return "" if ranks > 1 else "This test requires at least two processes"
+    """OSU's sentence for too few or too many ranks, with the command; empty where the number is right."""
+    wanted = "exactly" if command.case.ends else "at least"
+    if ranks == 2 or (ranks > 2 and not command.case.ends):
+        return ""
+    return f"This test requires {wanted} two processes: hpccomm-run -n 2 -m hpccomm bench {command.collective} …"
 
 
 def measure_first_calls(command: BenchArguments) -> list[FirstCalls]:

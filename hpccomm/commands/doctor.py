@@ -41,5 +41,15 @@ def run(args: argparse.Namespace) -> int:
 def line(name: str, state: str, text: str, cure: str) -> str:
     """The line of a check, and the cure."""
     mark, colour = MARKS[state]
-    shown = f"\033[{colour}m{mark}\033[0m" if sys.stdout.isatty() else mark
-    return f"{shown} {name:<20}{text}" + (f"\n  {'':<20}→ {cure}" if cure else "")
+    mark, arrow = (mark, "→") if can_show("✓→") else (f"{state:<5}", "->")
+    shown = f"\033[{colour}m{mark}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else mark
+    return f"{shown} {name:<20}{text}" + (f"\n{'':<{len(mark) + 21}}{arrow} {cure}" if cure else "")
+
+
+def can_show(text: str) -> bool:
+    """Whether the output has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

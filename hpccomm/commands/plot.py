@@ -15,6 +15,9 @@ from hpccomm.performance.units import format_count
 
 SUMMARY = "print or draw a schedule, or draw benchmark results"
 
+LARGEST = 256
+"""Ranks of which the messages are shown."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -51,8 +54,8 @@ def draw_measurements(args: argparse.Namespace) -> int:
 def show_schedule(args: argparse.Namespace) -> int:
     """Print the rounds of a schedule; with ``--out``, draw them."""
     name = args.what[0]
-    if args.size < 1 or args.per_node < 1:
-        raise ArgumentError(f"--size {args.size} --per-node {args.per_node}: use 1 or more of each")
+    if not 1 <= args.size <= LARGEST or args.per_node < 1:
+        raise ArgumentError(f"--size {args.size} --per-node {args.per_node}: use 1 or more, and up to {LARGEST} ranks")
     if not 0 <= args.root < args.size:
         raise ArgumentError(f"--root {args.root} --size {args.size}: use a root from 0 to size - 1")
     if args.out:

@@ -23,6 +23,8 @@ from hpccomm.performance.units import beta_of, format_count, format_shape, forma
 SUMMARY = "predict the time of every algorithm of a collective on a cluster of your choice"
 STEPS = ("mics", "zero3")
 """Sharded training methods whose step is priced."""
+MOST_RANKS = 1 << 20
+"""The largest number of ranks whose messages are priced."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, the fastest algorithm first."""
-    if args.nodes < 1 or args.per_node < 1:
-        raise ArgumentError(f"--nodes {args.nodes} --per-node {args.per_node}: give 1 or more of each")
+    if args.nodes < 1 or args.per_node < 1 or args.nodes * args.per_node > MOST_RANKS:
+        raise ArgumentError(
+            f"--nodes {args.nodes} --per-node {args.per_node}: give 1 or more of each, and up to {MOST_RANKS:,} ranks"
+        )
     if args.density is not None:
         check_density(args.density, "--density")
         if args.collective != "allreduce":

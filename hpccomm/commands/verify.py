@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ EVERY_ROOT = 8
 """Up to this size, schedules with a root are proved for every root; above, for the first and the last."""
 
 
+LARGEST = 4096
+"""The largest number of ranks that is proved; the work grows with its square."""
 MOST_RANKS = 16
 """Up to this size the records of all ranks are checked."""
 PIPELINES = (Pipeline(), Pipeline(3, 1, hierarchical.MANY, 1), Pipeline(2, 0, hierarchical.WINDOW, 1))
@@ -59,17 +62,16 @@ def run(args: argparse.Namespace) -> int:
 
 def parse_sizes(text: str) -> list[int]:
     """``7``, ``1:64`` (both ends included) or ``1,2,7``."""
-    try:
+    sizes: Sequence[int] = ()
+    with contextlib.suppress(ValueError):
         if ":" in text:
             low, high = (int(part) for part in text.split(":"))
-            sizes = list(range(low, high + 1))
+            sizes = range(max(low, 0), min(high, LARGEST + 1) + 1)
         else:
             sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise ArgumentError(f"--size {text}: give numbers of ranks as 7, 1:64 or 1,2,7")
-    return sizes
+    if not sizes or min(sizes) < 1 or max(sizes) > LARGEST:
+        raise ArgumentError(f"--size {text}: give numbers of ranks from 1 to {LARGEST:,} as 7, 1:64 or 1,2,7")
+    return list(sizes)
 
 
 def subjects(algorithm: str, collective: str | None) -> list[Subject]:

@@ -9,7 +9,8 @@ import argparse
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 from hpccomm.commands.progress import show_progress
@@ -54,6 +55,23 @@ def describe_probe(found: probe.Found, idle: bool) -> str:
     return f"{found.probe.cpu}, probe in {found.path}" if found.path else "probed, but no folder can be written to"
 
 
+LOOPS = ("selection", "quantized", "signs", "index_codes", "vectors")
+"""The families of loops of compressed gradients, which Numba keeps."""
+
+
+def compile_loops(family: str) -> int:
+    """Compile the loops of a family, or find them compiled; returns their number."""
+    from hpccomm.kernels.compiler import machine_code
+
+    module = import_module(f"hpccomm.kernels.{family}.loops")
+    found = [
+        each for each in vars(module).values() if hasattr(each, "signature") and each.__module__ == module.__name__
+    ]
+    for each in found:
+        machine_code(each)
+    return len(found)
+
+
 def prepare_alone(names: list[str], folder: Path | None) -> None:
     """Compile one after the other, then probe; leave it to another process that does so already."""
     with objects.lock(folder, "background", wait=False) as mine:
@@ -64,11 +82,12 @@ def prepare_alone(names: list[str], folder: Path | None) -> None:
 
 
 def compile_in_processes(names: list[str], *, quiet: bool = False) -> None:
-    """Compile in one process a core, the longest first."""
+    """Compile in one process a core, the longest first; where something is missing, the loops as well."""
     processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES, len(names))
     if not processes:
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(objects.address, name) for name in names]
+        futures: list[Future[int]] = [pool.submit(objects.address, name) for name in names]
+        futures += [pool.submit(compile_loops, family) for family in LOOPS]
         for future in futures if quiet else show_progress(futures, "hpccomm warm", "function"):
             future.result()
