@@ -72,6 +72,21 @@ def test_one_different_call_is_a_mismatch_on_all_ranks_and_writes_nothing(culpri
             advance_in_any_order(ranks, draw_calls(p, 4, ranks[0]))
 
 
+@pytest.mark.parametrize("way", TREES)
+@pytest.mark.parametrize("p", [2, 5, 24])
+def test_all_lengths_that_one_record_serves_go_the_same_way(p: int, way: str) -> None:
+    with open_ranks(p, TREES[way]) as ranks:
+        assert ranks[0].lengths("gather", 8)[0] <= 8  # not a collective of shared memory
+        for call in draw_calls(p, 200, ranks[0]):
+            call = call._replace(dtype="i1", seed=0, n=call.n % 2000)
+            plan = bind(ranks[0], call, 1, call.result(p)).plan
+            if plan.lengths is None or not plan.sized + plan.table:
+                continue
+            for n in plan.lengths[0], min(plan.lengths[1], records.BUFFER):
+                other = bind(ranks[0], call._replace(n=n), 1, call._replace(n=n).result(p)).plan
+                assert (other.call["protocol"], other.call["carries"]) == (plan.call["protocol"], plan.call["carries"])
+
+
 @pytest.mark.parametrize("arity", [1, 2, 8])
 @pytest.mark.parametrize("p", [2, 3, 5, 16, 31, 128])
 def test_the_places_of_a_tree_are_those_of_all_ranks_below(p: int, arity: int) -> None:

@@ -441,7 +441,7 @@ class SharedMemory:
 
         The root of the tree has the blocks of all ranks in its buffer.
         """
-        if not len(self._tree) or SERVES[name].carries == kernels.NOTHING:
+        if not len(self._tree) or SERVES.get(name, Serves()).carries == kernels.NOTHING:
             return -1
         return min(self.parameters.in_tree, records.BUFFER // (1 if name == "bcast" else self.size))
 
