@@ -519,6 +519,7 @@ def test_a_saved_run_goes_on_with_more_epochs_and_not_with_fewer(method: str, tm
     assert "3 finished epochs: pass --epochs 3 or more" in fewer.stderr
 
 
+@pytest.mark.slow
 def test_a_resumed_dense_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path: Path) -> None:
     resumed, straight = tmp_path / "resumed.json", tmp_path / "straight.json"
     folder = str(tmp_path / "saved")
