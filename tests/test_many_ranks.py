@@ -77,8 +77,8 @@ def test_one_different_call_is_a_mismatch_on_all_ranks_and_writes_nothing(culpri
 def test_all_lengths_that_one_record_serves_go_the_same_way(p: int, way: str) -> None:
     with open_ranks(p, TREES[way]) as ranks:
         assert ranks[0].lengths("gather", 8)[0] <= 8  # not a collective of shared memory
-        for call in draw_calls(p, 200, ranks[0]):
-            call = call._replace(dtype="i1", seed=0, n=call.n % 2000)
+        for drawn in draw_calls(p, 200, ranks[0]):
+            call = drawn._replace(dtype="i1", seed=0, n=drawn.n % 2000)
             plan = bind(ranks[0], call, 1, call.result(p)).plan
             if plan.lengths is None or not plan.sized + plan.table:
                 continue
