@@ -396,8 +396,7 @@ def density_ratios(record: dict[str, Any]) -> tuple[dict[float, float], dict[flo
     measured, predicted = {}, {}
     for density in BREAK_EVEN_DENSITIES:
         measured[density] = median(found[str(density)]) / median(found["dense"])
-        each = sparse_cost.HEADERS + 2 * density * nbytes
-        predicted[density] = sparse_cost.allgather_cost(nodes, per_node, each, machine)[0] / limit
+        predicted[density] = sparse_cost.price_sparse(nodes, per_node, nbytes, density, machine) / limit
     return measured, predicted
 
 

@@ -9,8 +9,10 @@ The columns, beside the published figures:
               next character from 16, on other files, relative to one worker of plain SGD with the same seed after as
               many passes through the data; mean and standard deviation over the seeds
   priced      one worker: measured.  More: a step's arithmetic, encoding and decoding measured here on one thread, and
-              the messages priced by the cost model (8 ranks a node, 25 us and 10 Gbit/s between nodes); without
-              stragglers
+              the messages priced by the model of ``hpccomm predict`` (8 ranks a node, 25 us and 10 Gbit/s between
+              nodes); without stragglers
+  an LSTM     (--lstm) the same prices for a model whose step outweighs its messages: 30 million weights, a step of
+              2,560 frames at 5 TFLOPS, encoding, decoding and the filter at 500 GB/s of memory; nothing is measured
   fitted      GTC and BMUF: curves through their published speed-ups.  Hybrid: predicted from those two curves alone;
               the first number lets the time of a block's exchange follow all workers, the second the groups
   published   Ladkat et al., Interspeech 2019: an LSTM acoustic model on 2000 h of speech.  Another task, another
@@ -38,7 +40,7 @@ from hpccomm.algorithms.transforms import Transform, chain, scale
 from hpccomm.algorithms.two_tier import hybrid
 from hpccomm.bench.plot import COLOURS
 from hpccomm.buckets import Bucket
-from hpccomm.performance.cost import predict
+from hpccomm.collectives.compressed.prices import Phase, Place, price_phases
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.train.datasets import Dataset, stdlib
 from hpccomm.train.networks import Characters, initial_weights
@@ -56,12 +58,16 @@ ERROR = {
     "hybrid": {32: "reduced", 64: "+3.1 %", 128: "+4.7 %"},
 }
 """Published changes of the error rate."""
-JOB = ("samples", "epochs", "batch", "tries")
+JOB = ("samples", "epochs", "batch", "tries", "warmup")
 """Arguments that define the job."""
 GROUP = 8
 """Workers of a group of the hybrid, and of a node."""
 TUNING_SEED = 100
 TAU = 0.1
+PERIODS = (5, 10, 25, 50)
+"""The ladder of the block's length; the last one is the published length."""
+DENSITIES = (0.001, 0.01)
+"""Shares of the elements in a message of GTC, for the LSTM: the published range."""
 
 
 class Settings(NamedTuple):
@@ -77,10 +83,16 @@ class Settings(NamedTuple):
     """1 − block momentum."""
 
 
+def next_period(period: int, by: float) -> int:
+    """The next period on the ladder, up or down; the same at its ends."""
+    at = PERIODS.index(period) + (1 if by > 1 else -1)
+    return PERIODS[min(max(at, 0), len(PERIODS) - 1)]
+
+
 LADDERS: dict[str, Callable[[Settings, float], Settings]] = {
     "rate": lambda it, by: it._replace(rate=it.rate * by),
     "rest": lambda it, by: it._replace(rest=min(it.rest * by, 1.0)),
-    "period": lambda it, by: it._replace(period=max(round(it.period * by), 5)),
+    "period": lambda it, by: it._replace(period=next_period(it.period, by)),
     "tau": lambda it, by: it._replace(tau=it.tau * by),
 }
 KNOBS = {"bmuf": ("rate", "rest", "period"), "gtc": ("rate", "tau"), "hybrid": ("rate", "rest", "period", "tau")}
@@ -112,8 +124,8 @@ def sum_compressed(tau: float) -> Callable[[Any], Transform]:
     return exchange
 
 
-def method(name: str, comm: Any, settings: Settings) -> Any:
-    """The transform of one of the three methods."""
+def method(name: str, comm: Any, settings: Settings, warmup: int) -> Any:
+    """The transform of one of the three methods; ``warmup`` synchronous steps of the hybrid."""
     exchange = sum_compressed(settings.tau)
     if name == "gtc":
         return chain(exchange(comm), scale(-settings.rate / comm.size))
@@ -121,7 +133,7 @@ def method(name: str, comm: Any, settings: Settings) -> Any:
     if name == "bmuf":
         return bmuf(comm, scale(-settings.rate), **block)
     size = min(GROUP, comm.size)
-    return hybrid(comm, exchange, scale(-settings.rate / size), size, **block)
+    return hybrid(comm, exchange, scale(-settings.rate / size), size, warmup=warmup, **block)
 
 
 class Run(NamedTuple):
@@ -138,9 +150,12 @@ class Run(NamedTuple):
 
 
 def train(
-    name: str, workers: int, seed: int, settings: Settings, data: Dataset, batch: int, epochs: int
+    name: str, workers: int, seed: int, settings: Settings, data: Dataset, batch: int, epochs: int, warmup: int
 ) -> tuple[float, float]:
-    """Train with a thread for each worker; return the error and the bytes of a message."""
+    """Train with a thread for each worker; return the error and the bytes of a message.
+
+    One in ``warmup`` steps of the hybrid, the first ones, is synchronous; 0: none.
+    """
     network = network_of(data)
 
     def body(comm: Any) -> tuple[Any, float]:
@@ -148,7 +163,8 @@ def train(
         bucket = Bucket(tensors)
         weights = bucket.flatten(tensors)
         gradient = np.empty_like(weights)
-        transform = method(name, comm, settings)
+        all_steps = epochs * (len(data.targets) // comm.size // batch)
+        transform = method(name, comm, settings, all_steps // warmup if warmup else 0)
         state, steps = transform.init(weights), 0
         for epoch in range(epochs):
             order = np.random.default_rng((seed, epoch)).permutation(len(data.targets))
@@ -223,7 +239,7 @@ class Trainings:
         key = (name, workers, seed, settings)
 
         def measure() -> dict[str, Any]:
-            found = Run(*key, *train(*key, data, self.args.batch, epochs))
+            found = Run(*key, *train(*key, data, self.args.batch, epochs, self.args.warmup))
             return found._asdict() | {"settings": settings._asdict()}
 
         return run_from(self.record.recall(key, measure, "tuning" if tuning else "runs"))
@@ -286,9 +302,9 @@ def measure_costs(data: Dataset, batch: int) -> Costs:
     return Costs(once, encode, decode, median_time(lambda: kept.update(gradient, state, weights)))
 
 
-def quickest(collective: str, nodes: int, per_node: int, nbytes: float) -> float:
-    """Seconds of the fastest algorithm by the cost model."""
-    return predict(collective, nodes, per_node, nbytes)[0].us / 1e6 if nodes * per_node > 1 else 0.0
+def seconds_of(collective: str, nodes: int, per_node: int, nbytes: float) -> float:
+    """The price of a collective; ``nbytes`` of a rank's block, or of the vector of an allreduce."""
+    return price_phases([Phase(collective, nbytes)], Place(nodes, per_node)).us / 1e6
 
 
 def price_step(name: str, workers: int, cost: Costs, message: float, model: int, period: int) -> float:
@@ -297,14 +313,45 @@ def price_step(name: str, workers: int, cost: Costs, message: float, model: int,
     if workers == 1:
         return cost.step + (cost.encode + cost.decode if name != "bmuf" else 0)
     if name == "bmuf":
-        return cost.step + (quickest("allreduce", nodes, per_node, model) + cost.block) / period
+        return cost.step + (seconds_of("allreduce", nodes, per_node, model) + cost.block) / period
     group = workers if name == "gtc" else per_node
-    inside = quickest("allgather", nodes if name == "gtc" else 1, per_node, group * message)
+    inside = seconds_of("allgather", nodes if name == "gtc" else 1, per_node, message)
     step = cost.step + cost.encode + group * cost.decode + inside
     if name == "gtc" or nodes == 1:
         return step
-    between = quickest("allreduce", nodes, 1, model) + quickest("allgather", 1, per_node, model) + cost.block
+    slices = seconds_of("allgather", 1, per_node, model / per_node)
+    between = seconds_of("allreduce", nodes, 1, model) + slices + cost.block
     return step + between / period
+
+
+class Lstm(NamedTuple):
+    """An acoustic model as large as the published one, on a GPU."""
+
+    parameters: float = 30e6
+    frames: int = 2560
+    """Of a step: 128 sequences of 20."""
+    flops: float = 5e12
+    memory: float = 500e9
+    """Bytes a second."""
+
+    def costs(self, density: float) -> Costs:
+        """Seconds of a step, of encoding and decoding a message, and of the filter: vectors through memory."""
+        vector = 4 * self.parameters / self.memory
+        step = 6 * self.parameters * self.frames / self.flops
+        return Costs(step, encode=3 * vector, decode=3 * density * vector, block=5 * vector)
+
+
+def large_rows() -> list[list[str]]:
+    """The lines of the table of the LSTM: speed-ups by period and density."""
+    it, lines = Lstm(), []
+    for workers, name in ((workers, name) for workers in SPEED["gtc"] for name in METHODS):
+        line = [name, str(workers)]
+        for period, density in LARGE_COLUMNS:
+            cost, message = it.costs(density), 4 * density * it.parameters
+            seconds = price_step(name, workers, cost, message, round(4 * it.parameters), period)
+            line.append(f"{workers * cost.step / seconds:.1f}×")
+        lines.append([*line, f"{SPEED[name][workers]:g}×"])
+    return lines
 
 
 # Step times that follow the published ones: T(GTC) = 1 + c g², T(BMUF) = a + b N, in units of one worker's step
@@ -376,6 +423,8 @@ def rows(runs: list[Run], cost: Costs, model: int) -> list[Row]:
     return found
 
 
+LARGE_COLUMNS = [(period, density) for period in (PERIODS[0], PERIODS[-1]) for density in DENSITIES]
+LARGE_HEAD = ("method", "workers", *(f"period {p}, {100 * d:g} %" for p, d in LARGE_COLUMNS), "published")
 HEAD = ("method", "workers", "rate", "tau", "period", "momentum", "error", "relative, %", "published")
 MORE = ("bytes", "µs a step", "time is", "speed-up", "fitted", "published")
 
@@ -440,7 +489,14 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4, help="samples of a worker's step")
     parser.add_argument("--tries", type=int, default=10, help="trainings to tune a method at a number of workers")
+    parser.add_argument("--warmup", type=int, default=0, metavar="K", help="a Kth of the hybrid steps is synchronous")
+    parser.add_argument("--lstm", action="store_true", help="only price the three methods for an LSTM of 30 M weights")
     args = harness.parse(parser)
+    if args.lstm:
+        step = 1e3 * Lstm().costs(0.0).step
+        harness.emit(f"speed-ups priced with an LSTM of 30 M weights, {step:.0f} ms a step of one worker\n")
+        harness.emit(harness.table(LARGE_HEAD, large_rows(), words=1))
+        return 0
     record = harness.Record(args.file, lambda row: run_from(row)[:4], ["runs", "tuning"], args.seconds)
     trainings = Trainings(record, args, stdlib(args.samples))
     everything = [(name, workers) for workers in harness.integers(args.workers) for name in METHODS]

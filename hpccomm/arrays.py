@@ -220,6 +220,26 @@ def to_device_like(x: Any, like: Any) -> Any:
     return library.asarray(x)
 
 
+def view_array(x: Any, who: str = "hpccomm") -> tuple[Any, Converter]:
+    """``x`` as an array with NumPy's functions, and the function that converts such arrays to the library of ``x``.
+
+    A NumPy view of an array on the host (:func:`borrow`), a CuPy view of one on a CUDA device; no element is copied.
+    """
+    if not is_on_device(x):
+        return borrow(x, who)
+    if hasattr(x, "__array_function__"):
+        return x, identity
+    import cupy
+
+    library = namespace(x)
+    return cupy.from_dlpack(x.detach() if hasattr(x, "detach") else x), library.from_dlpack
+
+
+def library_of(array: Any) -> Any:
+    """NumPy, or for an array that NumPy cannot read CuPy: the module that allocates arrays beside it."""
+    return np if isinstance(array, np.ndarray) else namespace(array)
+
+
 def read_device(x: Any, who: str, stream: Any = None) -> DeviceArray:
     """Describe an array on a CUDA device; ``stream`` has pending work on it that the array does not declare itself.
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.arrays import borrow
+from hpccomm.arrays import library_of, view_array
 from hpccomm.errors import ArgumentError
 
 Vector = npt.NDArray[Any]
@@ -53,10 +53,16 @@ class Bucket:
         self.size = sum(entry.length for entry in self.table)
 
     def flatten(self, tensors: Mapping[str, Any], out: Vector | None = None) -> Vector:
-        """All tensors as one vector of shape ``(size,)``: ``out``, or a new one."""
+        """All tensors, of the host or of one device, as one vector of shape ``(size,)``: ``out``, or a new one."""
         self._check_names(tensors)
         arrays = [self._check_tensor(entry, tensors[entry.name]) for entry in self.table]
-        out = np.empty(self.size, self.dtype) if out is None else self._check_vector(out, "flatten")
+        if len({isinstance(each, np.ndarray) for each in arrays}) > 1:
+            raise ArgumentError("Bucket.flatten: some tensors lie on the host, others on a device: move them together")
+        if out is None:
+            library = library_of(arrays[0]) if arrays else np
+            out = library.empty(self.size, self.dtype)
+        else:
+            self._check_vector(out, "flatten")
         for entry, array in zip(self.table, arrays, strict=True):
             tensor_view(out, entry)[...] = array
         return out
@@ -83,7 +89,7 @@ class Bucket:
             )
 
     def _check_tensor(self, entry: TensorEntry, tensor: Any) -> npt.NDArray[Any]:
-        array, _ = borrow(tensor, f"Bucket.flatten: {entry.name}")
+        array, _ = view_array(tensor, f"Bucket.flatten: {entry.name}")
         if array.shape != entry.shape:
             raise ArgumentError(f"Bucket.flatten: {entry.name} has shape {array.shape}, its place is {entry.shape}")
         if array.dtype != self.dtype:
@@ -127,7 +133,7 @@ def shape_of(given: Any) -> tuple[int, ...]:
 def common_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
     """The common dtype of all arrays; float32 where only shapes are given."""
     dtypes = {
-        name: borrow(each, f"Bucket: {name}")[0].dtype for name, each in tensors.items() if hasattr(each, "shape")
+        name: view_array(each, f"Bucket: {name}")[0].dtype for name, each in tensors.items() if hasattr(each, "shape")
     }
     if len(set(dtypes.values())) > 1:
         listed = ", ".join(f"{name} {dtype}" for name, dtype in examples_by_dtype(dtypes).items())
@@ -144,7 +150,8 @@ def memory_of(array: npt.NDArray[Any]) -> tuple[Any, ...] | None:
     """What two arrays have in common only if they are the same tensor (tied weights); None without elements."""
     if not array.size:
         return None
-    return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
+    interface = getattr(array, "__cuda_array_interface__", None) or array.__array_interface__
+    return interface["data"][0], array.shape, array.strides, array.dtype
 
 
 BUCKET_BYTES = 25 << 20

@@ -33,9 +33,10 @@ from hpccomm.calls.watchdog import FLUSH_SECONDS, list_waiting
 from hpccomm.context import Context, Once, PlanCache, context_of, unwrap
 from hpccomm.errors import ArgumentError, HpccommError, LaunchError, MismatchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
-from hpccomm.layout import Layout, Link
+from hpccomm.layout import Layout
 from hpccomm.named_reductions import run_named
 from hpccomm.observe import timeline
+from hpccomm.performance.machine import Machine
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import COMPARED as OBJECT_CALLS
 from hpccomm.pickled import compare_objects, install
@@ -207,10 +208,9 @@ class Communicator(MPI.Intracomm):
         return self._own_context.layout
 
     @property
-    def link(self) -> Link:
-        """Latency and bandwidth of messages: within the node if all ranks share one, else between nodes."""
-        machine = self.context.table.machine
-        return machine.intra if self.layout.count == 1 else machine.inter
+    def machine(self) -> Machine:
+        """Latencies and bandwidths of messages inside a node and between nodes, by the tuning table."""
+        return self.context.table.machine
 
     @property
     def intra_node(self) -> Communicator:

@@ -48,6 +48,13 @@ METHODS: dict[str, Callable[..., Any]] = {
     "qsgd": lambda comm: hpccomm.feedback(hpccomm.qsgd(), comm),
     "topk": lambda comm: hpccomm.feedback(hpccomm.topk(0.05), comm, momentum=0.9),
     "sgd": lambda comm: hpccomm.synchronous_sgd(comm, 0.1, momentum=0.5, weight_decay=0.01),
+    "adam": lambda comm: hpccomm.synchronous_adam(comm, 0.1, weight_decay=0.01),
+    "lamb": lambda comm, bucket: hpccomm.chain(hpccomm.mean(comm), hpccomm.apply_if_finite(hpccomm.lamb(bucket, 0.1))),
+    "rows": lambda comm, bucket: hpccomm.chain(
+        hpccomm.mean_rows(comm, bucket, [each.name for each in bucket.table if each.shape]), hpccomm.momentum(0.5)
+    ),
+    "ternary": lambda comm: hpccomm.without_feedback(hpccomm.ternary(), comm),
+    "scaled": lambda comm: hpccomm.scale_loss(comm, hpccomm.mean(comm), hpccomm.LossScale(1.0, 0)),
     "accumulated": lambda comm: hpccomm.every(2, hpccomm.chain(hpccomm.mean(comm), hpccomm.scale(-1))),
 }
 BY_TENSOR = ("mean", "dgc", "onebit", "powersgd", "sgd", "accumulated")
@@ -337,6 +344,130 @@ def test_the_measuring_program_compares_four_ways(comm: Communicator, monkeypatc
         assert f"| 2 x 1, 1gbit, 1 MB, {compute} | **" in buckets.table([row])
 
 
+# Steps that are not finite
+
+
+def values_of(states: Any) -> list[tuple[str, Any]]:
+    """What the next steps depend on: without counts of steps and costs, and buffers."""
+    apart = ("skipped", "steps", "total", "spare", "room", "path", "longest", "dense_step")
+    return [(path, leaf) for path, leaf in leaves(states) if "report" not in path and not path.endswith(apart)]
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3))
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_skips_the_whole_step_on_all_ranks(
+    comm: Communicator, name: str, bad: float
+) -> None:
+    """In whichever bucket: all steps are zero, what was not sent is as before, and the run goes on as if without it."""
+    for tensor in ("head", "giant", "embedding", "scalar"):
+        weights, others = make_weights(), make_weights()
+        exchange, wanted = (BucketedExchange(comm, each, METHODS[name], 5000) for each in (weights, others))
+        assert run_steps(exchange, weights, 0, 2) == run_steps(wanted, others, 0, 2)
+        before = values_of(hpccomm.snapshot(exchange.state))
+        for each in SHAPES:
+            given = gradient(each, 7, comm.rank)
+            if each == tensor and comm.rank == comm.size - 1:
+                given[...] = bad
+            exchange.add({each: given})
+        assert not any(each.any() for each in exchange.finish().values())
+        assert exchange.skipped == 1
+        for (path, leaf), (_, kept) in zip(values_of(exchange.state), before, strict=True):
+            assert np.array_equal(leaf, kept), (tensor, path)
+        if name != "dgc":  # whose skipped steps count for the warm-up
+            assert run_steps(exchange, weights, 2, 4) == run_steps(wanted, others, 2, 4), tensor
+
+
+def test_a_loss_scale_of_several_buckets_is_one(comm: Communicator) -> None:
+    """It halves in all buckets, whichever was not finite, and doubles in all."""
+    weights = {name: np.ones(5, "f4") for name in "abc"}
+    make = lambda comm: hpccomm.scale_loss(comm, hpccomm.mean(comm), hpccomm.LossScale(8.0, 2))  # noqa: E731
+    exchange, seen = BucketedExchange(comm, weights, make, 1), []
+    assert len(exchange.buckets) == 3
+    for bad in ("", "b", "a", "", "", "c", ""):
+        for name in weights:
+            value = np.inf if name == bad and comm.rank == 0 else hpccomm.loss_scale(exchange.state)
+            exchange.add({name: np.full(5, value, "f4")})
+        steps = exchange.finish()
+        assert all((each == (0 if bad else 1)).all() for each in steps.values())
+        assert len({hpccomm.loss_scale(each) for each in exchange.state}) == 1
+        seen.append(hpccomm.loss_scale(exchange.state))
+    assert seen == [8, 4, 2, 2, 4, 2, 2]
+    assert exchange.skipped == 3
+    assert {each.inner.skipped for each in exchange.state} == {3}
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_a_method_that_skips_by_itself_skips_the_whole_step(comm: Communicator) -> None:
+    """Finite gradients whose sum is not: found only by the method of one bucket."""
+    weights = {name: np.zeros(4, "f4") for name in ("first", "middle", "last")}
+
+    def make(comm: Any) -> Any:
+        guarded = hpccomm.apply_if_finite(hpccomm.momentum(0.5))
+        return hpccomm.chain(hpccomm.mean(comm), guarded)
+
+    for bad in weights:
+        exchange = BucketedExchange(comm, weights, make, 1)
+        for number in range(3):
+            values = {name: 3e38 if name == bad and number == 1 else 0.5 for name in weights}
+            exchange.add({name: np.full(4, value, "f4") for name, value in values.items()})
+            steps, wanted = exchange.finish(), [0.5, 0, 0.75][number]
+            assert all((each == wanted).all() for each in steps.values()), (bad, number)
+        assert exchange.skipped == 1
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_goes_on_with_fewer_ranks(comm: Communicator, name: str, capfd: Any) -> None:
+    """From the states of all ranks, by tensor: the remaining ranks step alike, and all stays finite."""
+    weights = make_weights()
+    exchange = BucketedExchange(comm, weights, METHODS[name], 5000)
+    run_steps(exchange, weights, 0, 3)
+    saved, stays = comm.allgather(exchange.collect_state()), comm.rank < comm.size - 1
+    fewer = comm.Split(int(stays), comm.rank)
+    if stays:
+        resumed = BucketedExchange(fewer, weights, METHODS[name], 4000)
+        resumed.restore_state(hpccomm.for_ranks(saved, fewer.rank, fewer.size))
+        steps = run_steps(resumed, weights, 3, 6)
+        assert fewer.allgather(steps) == [steps] * fewer.size
+        assert all(np.isfinite(each).all() for each in weights.values())
+    fewer.Free()
+
+
+@pytest.mark.mpi(sizes=(1, 2))
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_of_zero_stop_no_bucket(comm: Communicator, name: str) -> None:
+    weights = make_weights()
+    exchange = BucketedExchange(comm, weights, METHODS[name], 5000)
+    for number in range(12):
+        exchange.add({each: np.full(shape, number % 3 == 2, "f4") for each, shape in SHAPES.items()})
+        assert all(np.isfinite(each).all() for each in exchange.finish().values())
+    assert exchange.skipped == 0
+
+
+@pytest.mark.mpi(sizes=(1, 2))
+def test_states_by_tensor_make_no_methods(comm: Communicator) -> None:
+    """A method for each bucket, and where it treats tensors one by one, once for each tensor."""
+    made = []
+
+    def by_vector(comm: Any) -> Any:
+        made.append("vector")
+        return hpccomm.gtc(comm, 0.5)
+
+    def by_tensor(comm: Any, bucket: Any) -> Any:
+        made.append("tensor")
+        return hpccomm.onebit_sgd(comm, bucket)
+
+    for make, most in ((by_vector, 3), (by_tensor, 3 + len(SHAPES))):
+        made.clear()
+        weights = make_weights()
+        exchange = BucketedExchange(comm, weights, make, 5000)
+        run_steps(exchange, weights, 0, 1)
+        for _ in range(3):
+            exchange.restore_state(exchange.collect_state())
+        assert len(made) == most
+
+
 # Mistakes
 
 
@@ -384,9 +515,11 @@ def test_a_wrong_call_is_named_and_changes_nothing(comm: Communicator) -> None:
 
 @pytest.mark.mpi(sizes=(1, 2, 3, 5))
 def test_finish_without_a_bucket_is_named_on_all_ranks(comm: Communicator, capfd: Any) -> None:
-    """And the next step is a whole one."""
+    """And the next step is a whole one, from the states of before."""
     last, weights = comm.size - 1, make_weights()
-    exchange = BucketedExchange(comm, weights, hpccomm.mean, 1)
+    exchange = BucketedExchange(comm, weights, METHODS["sgd"], 1)
+    run_steps(exchange, weights, 0, 1)
+    before = values_of(hpccomm.snapshot(exchange.state))
     for absent in (["giant"], ["head", "embedding"], list(SHAPES)):
         for name in SHAPES:
             if comm.rank != last or name not in absent:
@@ -397,7 +530,9 @@ def test_finish_without_a_bucket_is_named_on_all_ranks(comm: Communicator, capfd
             kind, match=rf"finish was called without bucket {first.number} \(\w+\) on rank {last}: give"
         ):
             exchange.finish()
-        run_steps(exchange, weights, 0, 1)
+        for (path, leaf), (_, kept) in zip(values_of(exchange.state), before, strict=True):
+            assert np.array_equal(leaf, kept), path
+    run_steps(exchange, weights, 0, 1)
     comm.Barrier()
 
 

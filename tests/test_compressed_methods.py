@@ -580,7 +580,7 @@ def test_messages_of_any_lengths_are_exchanged() -> None:
         (lambda comm: gtc(comm, -1.0), "positive number"),
         (lambda comm: feedback(hpccomm.none(), comm, 1.0), "momentum"),
         (lambda comm: feedback(hpccomm.none(), comm, nesterov=True), "nesterov needs momentum"),
-        (lambda comm: feedback(hpccomm.none(), comm, reduce="max"), "'mean' or 'sum'"),
+        (lambda comm: feedback(hpccomm.none(), comm, reduce="max"), "one of 'mean', 'sum'"),
         (lambda comm: onebit_adam(comm, 0.1, 0), "a whole number, 1 or more"),
         (lambda comm: gtc(comm).init(np.zeros(3)), "float32"),
         (lambda comm: gtc(comm).init(np.zeros((3, 3), "f4")), "flat contiguous"),

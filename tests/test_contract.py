@@ -61,12 +61,28 @@ METHODS: dict[str, Row] = {
     "topk dense": Row(after(lambda comm: hpccomm.feedback(hpccomm.topk(0.1), comm, exchange="dense")), (2,)),
     "topk node": Row(after(lambda comm: hpccomm.feedback(hpccomm.topk(0.1), comm, exchange="node")), (2,)),
     "ok_topk": Row(after(lambda comm: hpccomm.feedback(hpccomm.topk(0.1), comm, exchange="ok_topk")), (2,)),
+    "topk split": Row(after(lambda comm: hpccomm.feedback(hpccomm.topk(0.1), comm, exchange="split")), (2,)),
+    "topk doubling": Row(
+        after(lambda comm: hpccomm.feedback(hpccomm.topk(0.1), comm, exchange="recursive_doubling")), (2,)
+    ),
+    "topk leaders": Row(after(lambda comm: hpccomm.feedback(hpccomm.topk(0.1), comm, exchange="leaders")), (2,)),
+    "gtc leaders": Row(after(lambda comm: hpccomm.gtc(comm, density=0.05, exchange="leaders")), (2,)),
+    "leaders momentum": Row(
+        lambda comm: chain(hpccomm.feedback(hpccomm.topk(0.1), comm, 0.5, exchange="leaders"), descend(0.05)), (2,)
+    ),
+    "gtc rice": Row(after(lambda comm: hpccomm.gtc(comm, 0.5, code="rice")), (2,)),
+    "sum": Row(after(lambda comm: hpccomm.gtc(comm, 0.5, reduce="sum")), (2,)),
+    "natural": Row(after(lambda comm: hpccomm.without_feedback(hpccomm.natural(), comm)), (2,)),
+    "majority": Row(after(lambda comm: hpccomm.feedback(hpccomm.sign_majority(), comm)), (2,)),
+    "every": Row(lambda comm: hpccomm.every(2, after(hpccomm.gtc)(comm)), (2, 3)),
+    "clip": Row(lambda comm: chain(hpccomm.mean(comm), hpccomm.apply_if_finite(chain(hpccomm.clip(1.0), HEAVY))), (2,)),
     "qsgd": Row(after(lambda comm: hpccomm.feedback(hpccomm.qsgd(4, 32), comm)), (2,)),
     "ternary": Row(after(lambda comm: hpccomm.without_feedback(hpccomm.ternary(), comm)), (2,)),
     "low rank": Row(after(lambda comm: hpccomm.feedback(hpccomm.low_rank(2), comm)), (2,)),
     "onebit_sgd": Row(after(lambda comm: hpccomm.onebit_sgd(comm, BUCKET)), (2,)),
     "ef_signsgd": Row(lambda comm: hpccomm.ef_signsgd(comm, lambda t: 0.05 / (t + 1), BUCKET), (2,)),
     "block_mean": Row(after(hpccomm.block_mean), (2,)),
+    "block_mean int4": Row(after(lambda comm: hpccomm.block_mean(comm, "int4", feedback=False)), (2,)),
     "block_mean mx": Row(after(lambda comm: hpccomm.block_mean(comm, "mx")), (2,)),
     "dgc": Row(
         lambda comm: chain(
@@ -77,6 +93,10 @@ METHODS: dict[str, Row] = {
     ),
     "powersgd": Row(after(lambda comm: hpccomm.powersgd(comm, BUCKET, 2, start_dense_steps=2)), (1, 4)),
     "onebit_adam": Row(lambda comm: hpccomm.onebit_adam(comm, 0.05, 3, bucket=BUCKET, eps=1e-3), (2, 5)),
+    "onebit_adam whole": Row(lambda comm: hpccomm.onebit_adam(comm, 0.05, 3, eps=1e-3), (2, 5)),
+    "dgc leaders": Row(
+        lambda comm: chain(hpccomm.dgc(comm, BUCKET, 0.05, smallest=1, exchange="leaders"), descend(0.05)), (2,)
+    ),
     "onebit_lamb": Row(lambda comm: hpccomm.onebit_lamb(comm, BUCKET, 0.05, 3), (2, 5)),
     "local_sgd": Row(lambda comm: hpccomm.local_sgd(comm, HEAVY, 3), (1, 3, 4), 3),
     "post_local_sgd": Row(lambda comm: hpccomm.post_local_sgd(comm, HEAVY, 3, 3), (2, 3, 4, 6), 3),

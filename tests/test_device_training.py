@@ -67,6 +67,54 @@ def test_a_run_on_the_device_gives_the_bits_of_a_run_on_the_host(
     ours.Free()
 
 
+BUCKETED: dict[str, Any] = {
+    "mean": hpccomm.mean,
+    "sgd": lambda comm: hpccomm.synchronous_sgd(comm, 0.1, momentum=0.5),
+    "gtc": hpccomm.gtc,
+    "dgc": lambda comm, bucket: hpccomm.dgc(comm, bucket, 0.2, smallest=1, momentum=0.5),
+    "onebit_adam": lambda comm, bucket: hpccomm.onebit_adam(comm, 0.1, 2, bucket=bucket),
+}
+
+
+@pytest.mark.mpi(sizes=(1, 2), timeout=60)
+@pytest.mark.parametrize("method", BUCKETED)
+def test_buckets_on_the_device_take_the_steps_of_buckets_on_the_host(
+    comm: Any, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Also after a step that is not finite, and after their states were saved and restored."""
+    monkeypatch.setattr(cuda, "device", DeviceEverywhere)
+    monkeypatch.setattr(cuda_kernels, "kernels", lambda: cuda_kernels.Kernels(Emulated(LIBRARY)))
+    ours, found = hpccomm.Communicator(comm.Dup()), []
+    shapes = {"first": (12, 5), "bias": (7,), "number": (), "last": (3, 4, 2)}
+    for library in (np, LIBRARY):
+        weights = {name: library.asarray(np.ones(shape, "f4")) for name, shape in shapes.items()}
+        exchange = hpccomm.BucketedExchange(ours, weights, BUCKETED[method], 150)
+        assert len(exchange.buckets) == 2
+        steps = []
+        for number in range(5):
+            for k, (name, shape) in enumerate(reversed(shapes.items())):
+                values = np.random.default_rng([ours.rank, number, k]).normal(size=shape).astype("f4")
+                values[...] = np.inf if number == 2 and name == "first" and ours.rank == ours.size - 1 else values
+                exchange.add({name: library.asarray(values)})
+            for name, step in exchange.finish().items():
+                assert type(step) is type(weights[name])
+                steps.append(step.get() if library is LIBRARY else step.copy())
+                weights[name] += step
+            if number == 3 and library is np:
+                exchange.restore_state(exchange.collect_state())
+        assert exchange.skipped == 1
+        found.append(steps)
+        if library is LIBRARY:
+            for name, array, why in (
+                ("last", np.ones(shapes["last"], "f4"), "one of the gradient of last and the weight lies on a device"),
+                ("bias", LIBRARY.asarray(np.ones(7)), "the gradient of bias is float64"),
+            ):
+                with pytest.raises(hpccomm.ArgumentError, match=why):
+                    exchange.add({name: array})
+    assert all(np.array_equal(*pair) for pair in zip(*found, strict=True))
+    ours.Free()
+
+
 def test_the_fake_library_refuses_host_arrays() -> None:
     x = LIBRARY.asarray(np.arange(3.0))
     assert is_on_device(x)

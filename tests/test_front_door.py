@@ -254,7 +254,16 @@ def test_programs_that_can_be_started_are_not_refused(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own").mkdir()
     (tmp_path / "alone.py").touch()
-    for program in ("-c pass", "-m own.part", "-m alone", "-m hpccomm info", "alone.py", "hpccomm info", "sh x.sh"):
+    for program in (
+        "-c pass",
+        "-m own.part",
+        "-m alone",
+        "-m hpccomm info",
+        "-m __main__",
+        "alone.py",
+        "hpccomm info",
+        "sh x.sh",
+    ):
         launcher.check_program(program.split())
     launcher.check_memory(64)
 

@@ -66,20 +66,6 @@ def test_a_factor_that_float16_cannot_hold_divides_its_gradients() -> None:
     assert step.tolist() == [-0.99951171875, 2.0**-6, -(2.0**-16)]
 
 
-def test_buckets_refuse_a_factor_each() -> None:
-    """The loss has one."""
-    weights = {"first": np.zeros(2), "last": np.zeros(2)}
-
-    def method(comm: Any) -> Any:
-        return scale_loss(comm, hpccomm.mean(comm), LossScale(8.0, 2))
-
-    with pytest.raises(ArgumentError, match="the factor of each of 2 buckets alone"):
-        hpccomm.BucketedExchange(MPI.COMM_SELF, weights, method, 16)
-    exchange = hpccomm.BucketedExchange(MPI.COMM_SELF, weights, method)
-    exchange.add({name: np.full(2, 16.0) for name in weights})
-    assert [each.tolist() for each in exchange.finish().values()] == [[2, 2], [2, 2]]
-
-
 def test_a_constant_factor_stays_and_the_bounds_hold() -> None:
     for first, bad, wanted in (
         (LossScale(4.0), True, 4.0),

@@ -14,7 +14,6 @@ from hpccomm.algorithms import message_paths
 from hpccomm.algorithms.message_paths import EXCHANGES, choose_path
 from hpccomm.algorithms.transforms import Transform, flush
 from hpccomm.errors import ArgumentError
-from hpccomm.layout import ETHERNET
 from hpccomm.testing import run_on_ranks
 
 F32 = np.float32
@@ -53,7 +52,7 @@ def test_paths_apply_all_gradients_and_ranks_step_alike(name: str, path: str, no
     def body(comm: Any) -> Any:
         found, state = run(comm, name, path)
         wanted, _ = run(comm, name, "allgather")
-        if path not in ("dense", "ok_topk"):
+        if path not in ("dense", "ok_topk", "leaders"):
             for step, other in zip(found, wanted, strict=True):
                 np.testing.assert_allclose(step, other, atol=1e-5)
         if comm.size > 1:
@@ -133,9 +132,10 @@ def test_dgc_takes_every_path(path: str) -> None:
     np.testing.assert_allclose(found[0], wanted, atol=1e-4)
 
 
-def test_a_run_continues_from_its_state_on_the_node_path() -> None:
+@pytest.mark.parametrize("path", ["auto", "leaders"])
+def test_a_run_continues_from_its_state_on_the_node_path(path: str) -> None:
     def body(comm: Any) -> None:
-        method, weights = METHODS["topk"](comm, "auto"), np.zeros(50, F32)
+        method, weights = METHODS["topk"](comm, path), np.zeros(50, F32)
         state = method.init(weights)
         for number in range(3):
             _, state = method.update(gradient_of(50, comm.rank, number), state, weights)
@@ -146,20 +146,104 @@ def test_a_run_continues_from_its_state_on_the_node_path() -> None:
     run_on_ranks(4, body, nodes=[0, 1, 0, 1])
 
 
+# One message a node
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("nodes", [[0, 1, 2], [0, 1]], ids=str)
+def test_on_nodes_of_one_rank_leaders_take_the_steps_of_an_allgather(name: str, nodes: list[int]) -> None:
+    def body(comm: Any) -> None:
+        found, wanted = (run(comm, name, path)[0] for path in ("leaders", "allgather"))
+        assert all(np.array_equal(*pair) for pair in zip(found, wanted, strict=True))
+
+    run_on_ranks(len(nodes), body, nodes=nodes)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("nodes", [[0, 0, 1, 1], [0, 1, 0, 1]], ids=str)
+def test_a_node_takes_the_steps_of_one_rank_with_the_mean_of_its_gradients(momentum: float, nodes: list[int]) -> None:
+    """Top-k with momentum correction on two ranks, whose gradients are halves: sums and halves of them are exact."""
+
+    def steps(comm: Any, path: str, gradients: Any) -> list[Any]:
+        method, weights = hpccomm.feedback(hpccomm.topk(0.2), comm, momentum, exchange=path), np.zeros(60, F32)
+        state, found = method.init(weights), []
+        for number in range(6):
+            step, state = method.update(gradients(number), state, weights)
+            found.append(step)
+        return found
+
+    def mean_of(node: int, number: int) -> Any:
+        return sum(gradient_of(60, rank, number) for rank in range(4) if nodes[rank] == node) / F32(2)
+
+    four = run_on_ranks(4, lambda comm: steps(comm, "leaders", lambda t: gradient_of(60, comm.rank, t)), nodes=nodes)
+    two = run_on_ranks(2, lambda comm: steps(comm, "allgather", lambda t: mean_of(comm.rank, t)), nodes=[0, 1])
+    for found in four:
+        assert all(np.array_equal(*pair) for pair in zip(found, two[0], strict=True))
+
+
+def test_only_the_first_rank_of_a_node_keeps_a_residual_and_all_report_its_message() -> None:
+    def body(comm: Any) -> Any:
+        _, state = run(comm, "topk", "leaders", n=100)
+        assert state.residual.any() == (comm.intra_node.rank == 0)
+        report = hpccomm.report(state)
+        assert report.messages.elements == 10
+        return report.messages.nbytes, report.messages.path, state.longest
+
+    found = run_on_ranks(5, body, nodes=[0, 0, 1, 1, 1])
+    assert len(set(found)) == 1
+    nbytes, path, longest = found[0]
+    assert (path, longest) == ("leaders", nbytes - 32)
+
+
+def test_a_run_may_change_between_leaders_and_other_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the paths, all that was given is applied once, and all ranks step alike."""
+
+    def body(comm: Any) -> Any:
+        weights, total, state = np.zeros(80, F32), np.zeros(80), None
+        for number, path in enumerate(["allgather", "leaders", "node", "leaders", "dense", "leaders", "split"]):
+            method = hpccomm.feedback(hpccomm.topk(0.1), comm, exchange=path)
+            state = method.init(weights) if state is None else state
+            step, state = method.update(gradient_of(80, comm.rank, number), state, weights)
+            total += step
+        return total + flush(method, state, weights)[0]
+
+    found = run_on_ranks(4, body, nodes=[0, 0, 0, 1])
+    given = sum(gradient_of(80, rank, number).astype("f8") for rank in range(4) for number in range(7)) / 4
+    assert all(np.array_equal(each, found[0]) for each in found)
+    np.testing.assert_allclose(found[0], given, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["leaders", "dense"])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_sums_of_ranks_that_would_overflow_are_skipped(path: str, momentum: float) -> None:
+    """Each gradient is finite, the sum over the ranks is not."""
+
+    def body(comm: Any) -> None:
+        method, weights = hpccomm.feedback(hpccomm.topk(0.5), comm, momentum, exchange=path), np.zeros(8, F32)
+        state = method.init(weights)
+        step, state = method.update(np.full(8, 1.5e38, F32), state, weights)
+        assert not step.any()
+        assert (state.skipped, state.steps) == (1, 0)
+        step, state = method.update(np.ones(8, F32), state, weights)
+        assert step.any()
+
+    run_on_ranks(4, body, nodes=[0, 0, 1, 1])
+
+
 # Dense where that is cheaper
 
 
-@pytest.mark.parametrize(("density", "ranks", "dense"), [(0.001, 8, False), (0.001, 4000, True), (0.3, 8, True)])
+@pytest.mark.parametrize(("density", "ranks", "dense"), [(0.001, 8, False), (0.001, 4000, True), (0.5, 8, True)])
 def test_long_vectors_are_sent_densely_where_their_messages_would_take_longer(
     density: float, ranks: int, dense: bool
 ) -> None:
     class Comm:
-        size, link = ranks, ETHERNET
+        size = ranks
 
     n = 25_000_000
-    assert (choose_path(Comm(), n, round(density * n), 5) == "dense") == dense
-    assert choose_path(Comm(), n, round(density * n), message_paths.TRY_AGAIN) == "allgather"
-    assert choose_path(Comm(), n, 0, 5) == "allgather"
+    found = choose_path(Comm(), n, round(8 * density * n), round(density * n))
+    assert (found == "dense") == dense
+    assert choose_path(Comm(), n, 0, 0) == "allgather"
 
 
 def test_a_compressor_that_sends_most_elements_becomes_dense(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +258,17 @@ def test_a_compressor_that_sends_most_elements_becomes_dense(monkeypatch: pytest
         assert paths == ["allgather", "dense", "dense"]
         assert not state.residual.any()
 
+    def tries_again(comm: Any) -> None:
+        method, weights = hpccomm.feedback(hpccomm.topk(0.9), comm), np.zeros(30_000, F32)
+        state = method.init(weights)
+        for number in range(message_paths.TRY_AGAIN + 2):
+            _, state = method.update(gradient_of(30_000, comm.rank, number % 3), state, weights)
+            if number == message_paths.TRY_AGAIN:
+                assert hpccomm.report(state).messages.path == "allgather"
+        assert hpccomm.report(state).messages.path == "dense"
+
     run_on_ranks(5, body)
+    run_on_ranks(5, tries_again)
 
 
 MISTAKES: list[tuple[Callable[[], Any], str]] = [
@@ -183,7 +277,14 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
         "exchange is 'ring': pass one of 'auto', 'allgather'",
     ),
     (lambda: hpccomm.gtc(MPI.COMM_SELF, exchange="node"), "does not know its nodes"),
+    (lambda: hpccomm.gtc(MPI.COMM_SELF, exchange="leaders"), "is 'leaders', but this communicator does not know"),
     (lambda: hpccomm.feedback(hpccomm.sign_majority(), MPI.COMM_SELF, exchange="dense"), "counts votes"),
+    (
+        lambda: hpccomm.feedback(
+            hpccomm.sign_majority(), hpccomm.Communicator(MPI.COMM_SELF.Dup()), exchange="leaders"
+        ),
+        "counts votes",
+    ),
 ]
 
 

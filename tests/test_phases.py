@@ -542,6 +542,7 @@ def test_ranks_that_join_a_single_one_go_on_from_its_model(name: str) -> None:
 @pytest.mark.parametrize(("old", "new"), [(2, 3), (4, 2), (1, 4), (3, 1)])
 def test_the_mean_of_16_bit_floats_goes_on_with_other_ranks(dtype: str, old: int, new: int) -> None:
     """Its buffer has a length that depends on the number of ranks."""
+    pytest.importorskip("ml_dtypes")
 
     def first(comm: Any) -> Any:
         method, vector = hpccomm.mean(comm), np.ones(5, dtype)
@@ -554,3 +555,63 @@ def test_the_mean_of_16_bit_floats_goes_on_with_other_ranks(dtype: str, old: int
 
     states = run_on_ranks(old, first)
     assert run_on_ranks(new, then) == [[[(1 + new) / 2] * 5] * 2] * new
+
+
+# Blocks on other numbers of ranks
+
+
+COUNTED: dict[str, Callable[[Any, Callable[[int], float]], Any]] = {
+    "slowmo": lambda comm, lr: hpccomm.slowmo(comm, STEP, lr, 2, warmup=2),
+    "diloco": lambda comm, lr: hpccomm.diloco(comm, STEP, 2, lr=lr),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 2, 1, 3), (3, 1)], ids=str)
+def test_schedules_of_blocks_go_on_whatever_the_number_of_ranks(name: str, sizes: tuple[int, ...]) -> None:
+    """Three blocks on each number of ranks: the schedule is asked for the blocks in order, none twice."""
+    states: list[Any] = []
+    weights, steps = np.full(3, 8.0), 2 if name == "slowmo" else 0
+    for part, size in enumerate(sizes):
+
+        def body(comm: Any, first: bool = part == 0) -> Any:
+            asked: set[int] = set()
+
+            def rate(count: int) -> float:
+                asked.add(count)
+                return 0.5
+
+            method, vector = COUNTED[name](comm, rate), weights.copy()
+            state = method.init(vector) if first else for_ranks(states, comm.rank, comm.size)
+            for _ in range(6 + (2 if first and name == "slowmo" else 0)):
+                step, state = method.update(vector - comm.rank, state, vector)
+                vector = vector + step
+            return state, vector, asked
+
+        found = run_on_ranks(size, body)
+        states, weights = [each[0] for each in found], found[0][1]
+        if size > 1:
+            blocks = range(3 * part, 3 * part + 3)
+            if name == "diloco":
+                assert found[0][2] == set(blocks)
+            else:  # of each block its first step, counted from the warm-up's end
+                assert found[0][2] == {steps + 2 * block for block in blocks}
+    assert np.isfinite(weights).all()
+
+
+def test_weights_by_samples_count_those_of_the_block_after_a_single_rank() -> None:
+    """A running total of samples: what one rank alone has seen does not weigh in the first block of two."""
+
+    def body(comm: Any) -> float:
+        seen, method = [0.0], None
+        for size in (1, comm.size):
+            part = comm.Split(comm.rank if size == 1 else 0, comm.rank)
+            method = hpccomm.bmuf(part, STEP, 1, momentum=0.0, weight_by=lambda: seen[0])
+            if size == 1:
+                state = method.init(np.zeros(1))
+            for _ in range(4 - size):
+                seen[0] += 100.0 if size == 1 and comm.rank else 1.0
+                step, state = method.update(np.ones(1) * (comm.rank if size > 1 else 0), state, np.zeros(1))
+        return float(step[0])
+
+    assert run_on_ranks(2, body) == [-0.15, -0.15]

@@ -112,7 +112,7 @@ def test_bytes_are_those_of_the_rows_until_the_whole_matrix_is_shorter() -> None
         return allreduce_rows(comm, rows, np.ones((k, width), "f4"), count)
 
     overhead = 3 * (8 * 7 + 8)  # of the arguments, and of the length
-    for k, path in ((1, "allgather"), (40, "allgather"), (1900, "allgather"), (2300, "dense"), (count, "dense")):
+    for k, path in ((1, "allgather"), (40, "allgather"), (1500, "allgather"), (2300, "dense"), (count, "dense")):
         for found in run_on_ranks(4, lambda comm, k=k: body(comm, k)):
             assert found.path == path
             sent = 3 * k * (4 + 4 * width) if path == "allgather" else 2 * 3 * count * width

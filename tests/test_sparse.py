@@ -9,7 +9,9 @@ import pytest
 
 from hpccomm import Communicator
 from hpccomm.collectives.compressed import messages, sparse
+from hpccomm.collectives.compressed.prices import Place, exact_phases, price_phases
 from hpccomm.errors import ArgumentError
+from hpccomm.layout import Link
 from hpccomm.testing.ranks import run_on_ranks
 
 SIZES = (1, 2, 3, 5, 7, 8)
@@ -342,15 +344,15 @@ def test_a_wrong_argument_of_one_rank_is_refused_on_all_ranks_before_data_moves(
 
 
 def test_auto_takes_the_cheapest_algorithm_by_the_formulas() -> None:
-    link = sparse.Link(25.0, 8.4e-4)
-    assert sparse.select_algorithm(1 << 24, 1 << 24, None, 8, link) == "dense"
-    assert sparse.select_algorithm(1 << 24, 100, None, 8, link) in ("allgather", "recursive_doubling")
-    assert sparse.times(1 << 24, 1000, None, 1, link)["dense"] == 0
+    place = Place(8, 1, inter=Link(25.0, 8.4e-4))
+    assert sparse.select_algorithm(1 << 24, 1 << 24, None, place) == "dense"
+    assert sparse.select_algorithm(1 << 24, 100, None, place) in ("allgather", "recursive_doubling")
+    assert price_phases(exact_phases(1 << 24, 1000, Place(1, 1))["dense"], Place(1, 1)) == (0, 0)
     # from density d = 8/(b p) on, a dense ring sends less than an allgather of b = 8 bytes an element
-    wire = sparse.Link(0.0, 1.0)
-    below, above = (sparse.times(8000, count, None, 8, wire) for count in (999, 1001))
-    assert below["allgather"] < below["dense"]
-    assert above["allgather"] > above["dense"]
+    wire = Place(8, 1, inter=Link(0.0, 1.0), gamma=0.0)
+    for count, dense in ((999, False), (1001, True)):
+        phases = exact_phases(8000, count, wire)
+        assert (price_phases(phases["dense"], wire) < price_phases(phases["allgather"], wire)) == dense
 
 
 def test_auto_goes_dense_when_that_is_cheaper() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from hpccomm.__main__ import main
-from hpccomm.layout import Link
+from hpccomm.algorithms.message_paths import choose_path, elements_in, is_worth_messages
+from hpccomm.collectives.compressed.prices import COLLECTIVES, Place, path_phases, place_of, price_phases
+from hpccomm.layout import Layout, Link
 from hpccomm.performance import sparse_cost
+from hpccomm.performance.cost import predict
 from hpccomm.performance.machine import Machine
 
 NBYTES = 64 * 2**20
@@ -65,3 +71,91 @@ def test_predict_prints_compressed_exchanges(capsys: pytest.CaptureFixture[str])
 def test_impossible_densities_are_refused(words: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words.split()) == 1
     assert remedy in capsys.readouterr().err
+
+
+# One model: what is predicted is what is chosen
+
+
+class Ranks:
+    """What a choice at run time knows of its communicator."""
+
+    def __init__(self, nodes: int, per_node: int, machine: Machine) -> None:
+        home = np.repeat(np.arange(nodes), per_node)
+        self.size, self.machine = home.size, machine
+        self.layout = Layout(home, tuple(map(str, range(nodes))))
+
+
+SHAPES = [(1, 2), (1, 8), (2, 1), (4, 2), (16, 1), (8, 4), (128, 8), (1000, 1)]
+MACHINES = [
+    Machine(),
+    BANDWIDTH_ONLY,
+    Machine(inter=Link(25.0, 8.4e-2)),
+    Machine(Link(0.5, 1e-5), Link(2.0, 4e-5), 1e-5, "400 Gbit/s"),
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_methods_choose_by_the_prices_that_are_predicted(shape: tuple[int, int], machine: Machine) -> None:
+    comm = Ranks(*shape, machine)
+    assert place_of(comm) == sparse_cost.place_on(*shape, machine)
+    n = 25_000_000
+    for density in (1e-4, 0.001, 0.01, 0.1, 0.5):
+        for width in (4, 8):
+            nbytes = sparse_cost.HEADERS + width * density * n
+            predicted = sparse_cost.choose_row(*shape, 4 * n, density, width, machine)
+            assert choose_path(comm, n, nbytes, density * n) == predicted.algorithm
+            paths = path_phases(n, density * n, nbytes, place_of(comm))
+            least = min(price_phases(each, place_of(comm)).us for each in paths.values())
+            assert predicted.us <= 1.1 * least
+        dense = sparse_cost.choose_row(*shape, 4 * n, density, 8, machine).algorithm == "dense"
+        assert is_worth_messages(comm, n, density, "auto") != dense
+
+
+@pytest.mark.parametrize(("method", "row", "width"), [("DGC", "sparse", 8), ("GTC", "words", 4)])
+def test_on_128_nodes_the_methods_own_exchange_is_within_a_tenth_of_the_best(method: str, row: str, width: int) -> None:
+    """100 MB, density 0.1 %, 8 ranks a node: the best exchange of such messages is dense inside the nodes."""
+    found = {each.algorithm: each.us for each in sparse_cost.predictions(128, 8, 1e8, 0.001)}
+    best = min(found[name] for name in (row, f"{row} + node", "split", "split + node", "recursive_doubling", "node"))
+    own = sparse_cost.choose_row(128, 8, 1e8, 0.001, width, Machine())
+    assert own.us <= 1.1 * best
+    assert own.algorithm == "leaders"
+    assert sparse_cost.MESSAGES[method] == (row, width)
+    assert own.us < 0.5 * sparse_cost.dense_cost(128, 8, 1e8, Machine())
+
+
+@pytest.mark.parametrize("collective", ["allreduce", "allgather"])
+@pytest.mark.parametrize("shape", [(2, 1), (4, 1), (16, 1), (4, 2), (16, 8), (128, 8), (1, 4), (1, 16)], ids=str)
+def test_closed_forms_follow_the_simulated_schedules(collective: str, shape: tuple[int, int]) -> None:
+    """From 1 MB a rank on, where bytes decide: never more than 15 % above the best schedule, a third below."""
+    for nbytes in (2**20, 2**26):
+        whole = nbytes * (shape[0] * shape[1] if collective == "allgather" else 1)
+        closed = COLLECTIVES[collective](Place(*shape), nbytes).us
+        assert 0.66 < closed / predict(collective, *shape, whole)[0].us < 1.15
+
+
+def test_quantised_exchanges_are_predicted() -> None:
+    """Two phases of blocks: 8 bits and a scale for 256 elements, 4 bits and one for 128."""
+    found, n = price_by_name(4, 1, 0.001), NBYTES / 4
+    for name, octets in (("int8", 1 + 4 / 256), ("mx", 1 + 1 / 32), ("int4", 0.5 + 4 / 128)):
+        assert found[name] == pytest.approx(2 * 3 * (sparse_cost.HEADERS + octets * n / 4) * 1e-3)
+    assert found["int8"] < 0.3 * sparse_cost.dense_cost(4, 1, NBYTES, BANDWIDTH_ONLY)
+
+
+def test_a_message_says_about_how_many_elements_it_names() -> None:
+    from hpccomm import onebit, randomk, threshold, topk
+
+    kinds: dict[Any, int] = {topk(0.1): 8, threshold(0.1): 4, randomk(0.1): 4}
+    for compressor, width in kinds.items():
+        assert elements_in(800, compressor.kinds, 10_000) == 800 // width
+        assert elements_in(800, compressor.kinds, 50) == 50
+    assert elements_in(800, onebit().kinds, 6400) == 6400
+
+
+def test_predict_prints_what_the_methods_choose(capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--nodes", "128", "--per-node", "8", "--bytes", "100M"]
+    assert main(["predict", "allreduce", *place, "--density", "0.001"]) == 0
+    lines = capsys.readouterr().out
+    assert '# DGC, exchange="auto": leaders, ' in lines
+    assert '# GTC, exchange="auto": leaders, ' in lines
+    assert {"int8", "mx", "node", "sparse"} <= {each.split()[0] for each in lines.splitlines()}

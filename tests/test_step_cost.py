@@ -6,10 +6,12 @@ import pytest
 
 from hpccomm.__main__ import main
 from hpccomm.algorithms.sharded.cost import (
+    Codes,
     Job,
     Shape,
     fit_latency,
     gather_us,
+    length,
     link_volume,
     rank_volume,
     reduce_us,
@@ -40,6 +42,55 @@ def test_bytes_through_a_node_s_link_are_those_of_the_formulas(
     found = link_volume(Shape(ranks, 8, partition), 4, flat_reduce=True).total
     assert found == pytest.approx(mics, abs=0.006)
     assert link_volume(Shape(ranks, 8, partition), 4).total <= found
+
+
+CODES = Codes("int8", "int4", secondary=True)
+
+
+def test_zero_plus_plus_sends_a_quarter_of_the_bytes() -> None:
+    """Three times M of ZeRO-3 in 16 bits become 0.5 and 0.27 of it."""
+    shape = Shape(16, 4, 16)
+    plain = link_volume(shape, 1)
+    coded = {name: link_volume(shape, 1, codes) for name, codes in CODED.items()}
+    one = 12 / 16
+    assert plain == (2 * one, one, 0)
+    assert coded["qwZ"] == pytest.approx((2 * one * (1 + 4 / 256) / 2, one, 0))
+    assert coded["hpZ"] == (one, one, 0)
+    assert coded["qgZ"] == pytest.approx((2 * one, one * (0.5 + 4 / 128) / 2, 0))
+    assert coded["all"].total <= 0.27 * plain.total
+    assert link_volume(shape, 4, CODED["hpZ"]).gathers == one
+
+
+CODED = {"qwZ": Codes(weight="int8"), "hpZ": Codes(secondary=True), "qgZ": Codes(gradient="int4"), "all": CODES}
+
+
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("micro_steps", [1, 4])
+def test_codes_make_steps_shorter_where_links_decide(name: str, micro_steps: int) -> None:
+    """Without computing a step is its exchanges, which the codes shorten; inside one node there is nothing between."""
+    job = Job(1e9, 10, micro_steps, 0.0, recompute=False)
+    shape, slow = Shape(32, 8, 32), Machine(Link(5.0, 1e-3 / 230), Link(20.0, 1e-3), 0.0, "8 Gbit/s")
+    plain, coded = step_cost(job, shape, slow), step_cost(job._replace(codes=CODED[name]), shape, slow)
+    assert coded.step < plain.step
+    assert (coded.gathers < plain.gathers) == (name != "qgZ")
+    assert (coded.first < plain.first) == (name in ("qgZ", "all"))
+    first = gather_us(shape, 2e8 * length(CODED[name].weight, 2), slow)
+    assert coded.step == pytest.approx(coded.gathers + coded.first + first)
+    inside = Shape(32, 8, 8)
+    assert step_cost(job._replace(codes=CODED["hpZ"]), inside, slow) == step_cost(job, inside, slow)
+
+
+def test_predict_knows_the_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "predict zero3 --model 10B --layers 40 --nodes 8 --per-node 4 --rate 100gbit"
+    times = []  # of them: GB through a link
+    for flags in ("", " --weight-code int8 --gradient-code int4 --secondary-shard"):
+        assert main((words + flags).split()) == 0
+        said = capsys.readouterr().out
+        times.append(float(said.splitlines()[-1].split()[11]))
+        assert ("# ZeRO++: parameters in int8, gradients in int4, one gather" in said) == bool(flags)
+    assert times[1] < times[0]
+    assert main(["predict", "allreduce", "--weight-code", "int8", "--secondary-shard"]) == 1
+    assert "--weight-code, --secondary-shard with allreduce: these are for mics and zero3" in capsys.readouterr().err
 
 
 def test_bytes_that_a_rank_sends() -> None:

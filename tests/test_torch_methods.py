@@ -115,6 +115,40 @@ def test_a_bucket_is_exchanged_before_the_backward_pass_ends() -> None:
     assert done == [True]
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_grad_scaler_skips_a_step_that_is_not_finite_on_one_rank(layer: int) -> None:
+    """In whichever bucket: on all ranks, with the residuals of before, and the scale halves."""
+    torch.manual_seed(1)
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    ddp = torch.nn.parallel.DistributedDataParallel(layers, bucket_cap_mb=0.0001)
+    made, optimizer = compress(ddp, partial(hpccomm.gtc, tau=0.01)), torch.optim.SGD(ddp.parameters(), 0.1)
+    scaler, bad = torch.amp.GradScaler("cpu", init_scale=8.0), [False]
+    layers[layer].weight.register_hook(lambda gradient: gradient * (torch.inf if bad[0] else 1))
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        scaler.scale(ddp(torch.full((2, 8), 0.1 * (number + 1 + dist.get_rank()))).square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    for number in range(3):
+        step(number)
+    made._end_step()
+    before = hash_of(ddp.parameters())
+    kept = [each.residual.copy() for each in made.state]
+    bad[0] = dist.get_rank() == 1
+    step(3)
+    made._end_step()
+    assert made.exchange.skipped == 1
+    assert scaler.get_scale() == 4.0
+    assert hash_of(ddp.parameters()) == before
+    assert all(np.array_equal(each.residual, one) for each, one in zip(made.state, kept, strict=True))
+    bad[0] = False
+    step(4)
+    assert hash_of(ddp.parameters()) != before
+    assert len(hashes_of(ddp.parameters())) == 1
+
+
 def test_gradients_of_16_bits_and_weights_that_decay() -> None:
     plain = torch.nn.parallel.DistributedDataParallel(make_model())
     ddp = torch.nn.parallel.DistributedDataParallel(make_model(), bucket_cap_mb=0.01)

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from hpccomm.algorithms.compression.format import check_flat
-from hpccomm.algorithms.error_feedback import all_ranks_true
+from hpccomm.algorithms.error_feedback import LARGEST_SUM, all_ranks_true, largest
 from hpccomm.algorithms.exchange import allreduce_bytes, exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import ShardedVector, Unsent
-from hpccomm.algorithms.transforms import ResidualTransform, Transform, Vector, check_alike, check_choice, check_shape
+from hpccomm.algorithms.transforms import ResidualTransform, Transform, Vector, check_choice, check_shape
 from hpccomm.collectives.compressed.two_phase import CODES, mean_of_codes
-from hpccomm.kernels.dispatch import kernels
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -56,7 +55,7 @@ def block_mean(
     ``code``: ``"int8"``, the 8-bit floats ``"e4m3"`` and ``"e5m2"``, each with a float32 scale for 256 elements,
     ``"mx"``, e4m3 with a power of two for 32, or ``"int4"``, half the bytes, a float32 scale for 128.  With
     ``feedback`` what rounding loses is added to the next gradient.  If the gradient of any rank, or its sum with what
-    was lost, is not finite, no rank steps.
+    was lost, is not finite, or the sum over the ranks might not be, no rank steps.
 
     >>> from mpi4py import MPI
     >>> method, weights = block_mean(MPI.COMM_SELF), np.zeros(3, "f4")
@@ -72,13 +71,13 @@ def block_mean(
         return BlockMeanState(np.zeros(n, np.float32), shard, 0, 0, ExchangeReport())
 
     def update(gradient: Vector, state: BlockMeanState, weights: Vector) -> tuple[Vector, BlockMeanState]:
-        check_alike(gradient, weights)
         if feedback:
             check_shape("block_mean", state.residual, weights)
         began = time.perf_counter()
         check_flat(gradient, "block_mean")
         with np.errstate(over="ignore", invalid="ignore"):
-            fine = kernels().all_finite(gradient + state.residual if feedback else gradient)
+            peak = largest(gradient + state.residual if feedback else gradient)
+        fine = peak * comm.size < LARGEST_SUM
         asked = allreduce_bytes(1, comm.size)
         if not all_ranks_true(comm, fine):
             cost = ExchangeReport(1, time.perf_counter() - began, asked)

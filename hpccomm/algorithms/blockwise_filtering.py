@@ -41,6 +41,7 @@ from hpccomm.algorithms.transforms import (
     Vector,
     adam,
     chain,
+    check_choice,
     check_decay,
     check_number,
     check_transform,
@@ -196,7 +197,7 @@ def policy(local_state: str | LocalStatePolicy, comm: MPI.Intracomm, inner: Tran
         "average": lambda: local_steps.average(comm),
     }
     check_transform("bmuf: inner", inner)
-    require(local_state in known, f"bmuf: local_state is {local_state!r}: pass one of {', '.join(map(repr, known))}")
+    check_choice("bmuf: local_state", local_state, tuple(known))
     return known[local_state]()
 
 

@@ -4,7 +4,8 @@
 gradients of the last layers first, so buckets are filled from the last tensor to the first.  A bucket whose gradients
 are all there begins; a progress thread (:mod:`hpccomm.progress`) exchanges the buckets one after the other, always in
 this order, whatever the order in which they were begun: ranks need not agree about that.  Before each exchange the
-ranks tell each other in 8 bytes whether they have begun it.
+ranks tell each other in 8 bytes whether they have begun it, and whether its gradients are finite.  A bucket that is not
+finite on any rank ends the step: no further bucket is exchanged, and the states of those that were go back.
 
 The method runs on every bucket as on a vector of its own, and its state belongs to the bucket.  For checkpoints it is
 divided into the states of the tensors (:mod:`hpccomm.algorithms.tensor_states`), from which buckets of any size begin.
@@ -20,29 +21,35 @@ from typing import Any
 
 import numpy as np
 
-from hpccomm.algorithms.loss_scaling import LossScale
-from hpccomm.algorithms.states import RankChange, children_of, leaves_with_changes
+from hpccomm.algorithms.reports import ExchangeReport
+from hpccomm.algorithms.states import (
+    RankChange,
+    count_skipped,
+    leaves_with_changes,
+    map_declared,
+    map_parts,
+    skip_step,
+)
 from hpccomm.algorithms.tensor_states import join_states, split_state
 from hpccomm.algorithms.transforms import Transform, flush, require
 from hpccomm.algorithms.trees import TreeLayout, tree_leaves
-from hpccomm.arrays import borrow
+from hpccomm.arrays import library_of, view_array
 from hpccomm.buckets import BUCKET_BYTES, Bucket, group_by_size, memory_of
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.errors import ArgumentError, MismatchError
 from hpccomm.functional import communicator
+from hpccomm.kernels.dispatch import kernels
 from hpccomm.progress import Call, submit
 
+ABSENT, NOT_FINITE, FINITE = range(3)
+"""What the ranks tell each other of a bucket: not begun, or whether its gradient is finite."""
 Make = Callable[..., Transform]
 """Makes a method for a communicator, ``hpccomm.gtc``, or for a communicator and a bucket, ``hpccomm.powersgd``."""
 
 
 def make_method(make: Make, comm: Any, bucket: Bucket) -> Transform:
     """The method of a communicator, and of a bucket if it asks for one."""
-    try:
-        wants_bucket = needs_bucket(make)
-    except (TypeError, ValueError):
-        wants_bucket = False
-    made = make(comm, bucket) if wants_bucket else make(comm)
+    made = make(comm, bucket) if needs_bucket(make) else make(comm)
     if not isinstance(made, Transform):
         raise ArgumentError(
             f"{make!r} made {made!r}: pass hpccomm.gtc, or lambda comm: hpccomm.gtc(comm, density=0.01)"
@@ -52,7 +59,10 @@ def make_method(make: Make, comm: Any, bucket: Bucket) -> Transform:
 
 def needs_bucket(make: Make) -> bool:
     """Whether a function has a second argument that must be given."""
-    rest = list(inspect.signature(make).parameters.values())[1:2]
+    try:
+        rest = list(inspect.signature(make).parameters.values())[1:2]
+    except (TypeError, ValueError):  # a built-in function without a signature
+        return False
     positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
     return any(each.default is each.empty and each.kind in positional for each in rest)
 
@@ -63,14 +73,19 @@ class BucketInFlight:
     def __init__(self, number: int, names: list[str], weights: dict[str, Any], tied: Mapping[str, str]) -> None:
         self.number, self.weights = number, {name: weights[name] for name in names}
         self.layout = TreeLayout(self.weights)
-        self.gradient = np.zeros(self.layout.bucket.size, self.layout.bucket.dtype)
+        library = library_of(view_array(next(iter(self.weights.values())))[0])
+        self.gradient = library.zeros(self.layout.bucket.size, self.layout.bucket.dtype)
         self.places = self.layout.bucket.views(self.gradient)
         self.all_names = frozenset(name for name in tied if tied[name] in self.weights)
         """With the other names of tied weights."""
         self.missing = set(self.all_names)
         self.begun = False
         self.method: Any = None
+        self.methods: list[Transform] = []
+        """Methods for the tensors alone, which have their states in checkpoints."""
         self.state: Any = None
+        self.kept: Any = None
+        """The state before this step, as long as it may be skipped."""
         self.step: Any = None
 
     def __str__(self) -> str:
@@ -81,19 +96,44 @@ class BucketInFlight:
         """The weights as they are now, as one vector."""
         return self.layout.flatten(self.weights, "weights")
 
-    def clear(self) -> None:
-        """Wait for the gradients of the next step."""
-        self.missing, self.begun = set(self.all_names), False
+    def clear(self, goes_back: bool) -> None:
+        """Wait for the gradients of the next step, in the state of before this one if it goes back."""
+        if goes_back:
+            self.go_back()
+        self.missing, self.begun, self.kept = set(self.all_names), False, None
+
+    def is_finite(self) -> bool:
+        """Whether its gradient has neither NaN nor infinity."""
+        single = self.gradient.dtype == np.float32
+        return bool(kernels(self.gradient).all_finite(self.gradient) if single else np.isfinite(self.gradient).all())
+
+    def update(self, keep: bool) -> bool:
+        """Take the method's step, with a copy of the state to return to; whether its method has skipped it."""
+        self.kept = map_declared(keep_values, self.state) if keep else None
+        skipped = count_skipped(self.state)
+        step, self.state = self.method.update(self.gradient, self.state, self.flatten_weights())
+        self.step = self.layout.restore(step)
+        return count_skipped(self.state) > skipped
+
+    def go_back(self) -> None:
+        """Return to the state before the step, if the method has taken it."""
+        if self.kept is not None:
+            self.state = keep_costs(self.kept, self.state)
 
 
 class BucketedExchange:
     """Gradients exchanged by a method in buckets, while the backward pass goes on (the constructor is collective).
 
-    ``weights``: arrays by name, in the order of the layers, that the program changes in place; NumPy's, or another
-    library's on the host, also dicts of dicts (``layer.w``).  ``make(comm)``, or ``make(comm, bucket)`` for methods
-    that treat tensors one by one, makes the method of a bucket: ``hpccomm.mean``, ``hpccomm.gtc``,
+    ``weights``: arrays by name, in the order of the layers, that the program changes in place; NumPy's, CuPy's,
+    PyTorch's or another library's, also dicts of dicts (``layer.w``).  Buckets of tensors on a device stay there and
+    are exchanged in the program's thread, as soon as they have begun.  ``make(comm)``, or ``make(comm, bucket)`` for
+    methods that treat tensors one by one, makes the method of a bucket: ``hpccomm.mean``, ``hpccomm.gtc``,
     ``lambda comm, bucket: hpccomm.dgc(comm, bucket)``.  A method that treats its vector as a whole (``clip``, GTC's
-    threshold) sees one bucket at a time, and a bucket with a gradient that is not finite is skipped alone.
+    threshold) sees one bucket at a time.
+
+    If a gradient of any rank is not finite, all ranks skip the whole step: every step is zero, residuals and momenta
+    are those of before, a loss scale halves, and ``skipped`` counts it.  Each bucket but the last keeps a copy of its
+    state for this until the step ends.
 
     >>> from mpi4py import MPI
     >>> from hpccomm import chain, mean, scale
@@ -126,8 +166,10 @@ class BucketedExchange:
         require(bool(arrays), f"{self.who}: there are no weights: pass {{name: array}}")
         self._tied = find_tied(arrays, self.who)
         """The first name of each weight, by all its names."""
-        own = {name: borrow(arrays[name])[0] for name, first in self._tied.items() if name == first}
-        sizes = [(name, each.dtype, each.nbytes) for name, each in own.items()]
+        own = {name: view_array(arrays[name])[0] for name, first in self._tied.items() if name == first}
+        self._here = not all(isinstance(each, np.ndarray) for each in own.values())
+        """Whether exchanges run in the program's thread, whose device and stream are those of its arrays."""
+        sizes = [(name, (type(each), each.dtype), each.nbytes) for name, each in own.items()]
         groups = group_by_size(sizes[::-1], bucket_bytes)
         self.buckets = [BucketInFlight(k, names, arrays, self._tied) for k, names in enumerate(groups)]
         self.bucket_of = {name: each for each in self.buckets for name in each.all_names}
@@ -135,6 +177,12 @@ class BucketedExchange:
         self.gradients = {name: self.bucket_of[name].places[first] for name, first in self._tied.items()}
         """Each tensor's gradient, for programs that write it in place and then :meth:`begin` the bucket."""
         self._calls: list[Call] = []
+        self.skipped = 0
+        """Steps that all ranks skipped because a gradient was not finite."""
+        self.skips = False
+        """Whether this step is skipped."""
+        self._counted: BucketInFlight | None = None
+        """The bucket whose method skipped this step by itself."""
         self._failure = ""
         """What made this step fail on all ranks."""
         self._broken: BaseException | None = None
@@ -142,7 +190,7 @@ class BucketedExchange:
 
     def _run(self, text: str, function: Callable[[Any], Any]) -> Any:
         """Run a function on the communicator of the exchanges, and wait for it."""
-        return submit(self.comm, function, Fingerprint(text)).wait()
+        return submit(self.comm, function, Fingerprint(text), here=self._here).wait()
 
     def _make_methods(self, channel: Any) -> None:
         """Compare the buckets of all ranks, and make the method and the state of each."""
@@ -158,11 +206,6 @@ class BucketedExchange:
         for bucket in self.buckets:
             bucket.method = make_method(self._make, channel, bucket.layout.bucket)
             bucket.state = bucket.method.init(bucket.flatten_weights())
-        require(
-            len(self.buckets) == 1 or not any(has_loss_scale(each.state) for each in self.buckets),
-            f"{self.who}: scale_loss would move the factor of each of {len(self.buckets)} buckets alone, but the loss "
-            "has one: divide the gradients before add, or pass bucket_bytes for one bucket",
-        )
 
     def add(self, gradients: Any) -> None:
         """Copy the gradients of some tensors, by name; buckets whose gradients are all there begin."""
@@ -192,7 +235,11 @@ class BucketedExchange:
             name in bucket.missing and not bucket.begun,
             f"{self.who}: add: the gradient of {name} has come in this step: call finish before the next one",
         )
-        array, _ = borrow(gradient, f"{self.who}: add: {name}")
+        array, _ = view_array(gradient, f"{self.who}: add: {name}")
+        require(
+            isinstance(array, np.ndarray) == isinstance(place, np.ndarray),
+            f"{self.who}: add: one of the gradient of {name} and the weight lies on a device: move them together",
+        )
         require(
             array.shape == place.shape and array.dtype == place.dtype,
             f"{self.who}: add: the gradient of {name} is {array.dtype} of shape {array.shape}, the weight "
@@ -225,38 +272,39 @@ class BucketedExchange:
 
     def _issue(self, bucket: BucketInFlight) -> None:
         text = Fingerprint(f"bucket {bucket.number} of {len(self.buckets)}")
-        self._calls.append(submit(self.comm, partial(self._exchange, bucket), text))
+        self._calls.append(submit(self.comm, partial(self._exchange, bucket), text, here=self._here))
 
     def _exchange(self, bucket: BucketInFlight, channel: Any) -> None:
         """Exchange one bucket, in the progress thread."""
         try:
-            self._failure = self._failure or self._check_presence(bucket, channel)
-            if not self._failure:
-                step, bucket.state = bucket.method.update(bucket.gradient, bucket.state, bucket.flatten_weights())
-                bucket.step = bucket.layout.restore(step)
+            self._failure = self._failure or self._compare(bucket, channel)
+            if not self._failure and not self.skips:
+                self.skips = bucket.update(keep=bucket is not self.buckets[-1])
+                self._counted = bucket if self.skips else None
         except BaseException as error:
             self._broken = error
             raise
         finally:
             self._on_step(bucket)
 
-    def _check_presence(self, bucket: BucketInFlight, channel: Any) -> str:
-        """What is wrong if a rank has not begun the bucket."""
-        begun = np.empty(channel.size, np.int64)
-        channel.Allgather(np.array([bucket.begun], np.int64), begun)
-        absent = np.flatnonzero(begun == 0).tolist()
+    def _compare(self, bucket: BucketInFlight, channel: Any) -> str:
+        """What is wrong if a rank has not begun the bucket; where one is not finite the step is skipped."""
+        mine = FINITE if bucket.begun and bucket.is_finite() else NOT_FINITE if bucket.begun else ABSENT
+        everyone = np.empty(channel.size, np.int64)
+        channel.Allgather(np.array([mine], np.int64), everyone)
+        absent = np.flatnonzero(everyone == ABSENT).tolist()
         if not absent:
+            self.skips = self.skips or bool((everyone == NOT_FINITE).any())
             return ""
         return (
             f"finish was called without {bucket} on {'ranks' if absent[1:] else 'rank'} {', '.join(map(str, absent))}: "
-            "give every gradient on every rank, zeros where there is none; the buckets before it were exchanged: "
-            "continue from a checkpoint if the method has a state"
+            "give every gradient on every rank, zeros where there is none; the states are those of before this step"
         )
 
     def finish(self) -> dict[str, Any]:
         """Wait for all buckets; the step of each tensor by name, in its weight's form, valid until the next step.
 
-        Raises on all ranks, and names the ranks, where a bucket has not begun.
+        All are zero where the step is skipped.  Raises on all ranks, and names the ranks, where a bucket has not begun.
         """
         self._check_usable("finish")
         mine = [str(each) for each in self.buckets if not each.begun]
@@ -264,11 +312,23 @@ class BucketedExchange:
             self._issue(bucket)
         calls, self._calls = self._calls, []
         failure = self._wait(calls)
+        if self.skips and not failure:
+            self._skip_step()
         for bucket in self.buckets:
-            bucket.clear()
+            bucket.clear(goes_back=bool(failure))
+        self.skips, self._counted = False, None
         if failure:
             raise (ArgumentError if mine else MismatchError)(f"{self.who}: {failure}")
         return {name: self.bucket_of[name].step[name] for name, first in self._tied.items() if name == first}
+
+    def _skip_step(self) -> None:
+        """Return to the states before this step, and count it as skipped."""
+        for bucket in self.buckets:
+            if bucket is not self._counted:
+                bucket.go_back()
+                bucket.state = skip_step(bucket.state)
+            bucket.step = bucket.layout.restore(np.zeros_like(bucket.gradient))
+        self.skipped += 1
 
     @property
     def failure(self) -> BaseException | None:
@@ -348,9 +408,13 @@ class BucketedExchange:
     def _states_of_tensors(self, bucket: BucketInFlight, channel: Any) -> list[Any]:
         """A new state of each tensor alone."""
         layouts = [TreeLayout({name: weight}) for name, weight in bucket.weights.items()]
-        return [
-            make_method(self._make, channel, each.bucket).init(each.flatten(each.like, "weights")) for each in layouts
-        ]
+        if not bucket.methods:
+            by_tensor = needs_bucket(self._make)
+            bucket.methods = [
+                make_method(self._make, channel, each.bucket) if by_tensor else bucket.method for each in layouts
+            ]
+        pairs = zip(bucket.methods, layouts, strict=True)
+        return [method.init(each.flatten(each.like, "weights")) for method, each in pairs]
 
     def flush(self) -> dict[str, Any]:
         """The step of all gradients that were not sent, as :func:`hpccomm.flush` (collective, between steps)."""
@@ -372,11 +436,14 @@ def form_of(state: Any) -> list[Any]:
     ]
 
 
-def has_loss_scale(state: Any) -> bool:
-    """Whether a state holds a loss scale, at any depth."""
-    if not isinstance(state, tuple):
-        return False
-    return isinstance(state, LossScale) or any(has_loss_scale(each) for _, each, _ in children_of(state))
+def keep_values(path: str, leaf: Any, change: RankChange | None) -> Any:
+    """A copy of a leaf that an update may overwrite; buffers hold nothing to keep."""
+    return leaf.copy() if hasattr(leaf, "copy") and change is not RankChange.SCRATCH else leaf
+
+
+def keep_costs(state: Any, spent: Any) -> Any:
+    """A state with the costs of a later one."""
+    return spent if isinstance(state, ExchangeReport) else map_parts(keep_costs, state, spent)
 
 
 def find_tied(arrays: Mapping[str, Any], who: str) -> dict[str, str]:
@@ -387,8 +454,8 @@ def find_tied(arrays: Mapping[str, Any], who: str) -> dict[str, str]:
 
 def view_of(name: str, array: Any, who: str) -> Any:
     """A weight as NumPy's array; raises where steps could not be added in place."""
-    view, _ = borrow(array, f"{who}: {name}")
-    kind = type(array).__name__
-    fits = view.flags.writeable and hasattr(array, "__setitem__")
+    view, _ = view_array(array, f"{who}: {name}")
+    kind, library = type(array).__name__, type(array).__module__.partition(".")[0]
+    fits = getattr(view.flags, "writeable", True) and hasattr(array, "__setitem__") and library not in ("jax", "jaxlib")
     require(fits, f"{who}: {name}: a {kind} that cannot be written: pass arrays, to add steps in place")
     return view

@@ -93,7 +93,7 @@ def list_some(names: set[str]) -> str:
 def restore_leaf(path: str, like: Any, value: Any, change: RankChange | None, other_ranks: bool) -> Any:
     """One leaf: an array of the same shape and dtype, or a number."""
     array = np.asarray(value)
-    if change is RankChange.SCRATCH and array.shape != np.shape(like):
+    if change is RankChange.SCRATCH and (array.shape, array.dtype) != (like.shape, like.dtype):
         return like.copy()
     if not isinstance(like, np.ndarray):
         number = array.item() if array.ndim == 0 and isinstance(like, NUMBERS) else array[()]

@@ -9,9 +9,9 @@ decay.*  For every tensor, on every rank, every step::
     step = mean over the ranks + w,   w ← m w + λ · weights
 
 Tensors of one dimension and those below ``smallest`` elements stay dense: their mean is computed first, their momentum
-afterwards.  While the density is above 1/p, where an allgather carries more than an allreduce, every tensor is dense:
-ranks average all of v, and keep their own u; the warm-up 25, 6.25, 1.5625, 0.4 % therefore begins dense on many ranks.
-The optimizer that follows is plain descent, without momentum or decay of its own::
+afterwards.  While messages would take longer than an allreduce (below 65,536 elements: while the density is above
+1/p), every tensor is dense: ranks average all of v, and keep their own u; the warm-up 25, 6.25, 1.5625, 0.4 %
+therefore begins dense on many ranks.  The optimizer that follows is plain descent, without momentum or decay::
 
     method = chain(dgc(comm, bucket, warmup=400), scale(-0.1))
 """
@@ -37,8 +37,17 @@ from hpccomm.algorithms.error_feedback import (
     heavy_ball,
 )
 from hpccomm.algorithms.exchange import allreduce_bytes, allreduce_mean
+from hpccomm.algorithms.message_paths import ALLGATHER, is_worth_messages
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport
-from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, check_count, check_decay, require
+from hpccomm.algorithms.transforms import (
+    ResidualTransform,
+    Vector,
+    check_count,
+    check_decay,
+    check_limit,
+    check_not_negative,
+    require,
+)
 from hpccomm.algorithms.trust_ratio import global_norm
 from hpccomm.buckets import Bucket
 
@@ -75,6 +84,10 @@ class DgcState(NamedTuple):
         if self.dense_step:
             return found._replace(nbytes=4 * n * bool(steps), elements=n * bool(steps), path="dense" if steps else "")
         return found._replace(nbytes=found.nbytes + 4 * self.dense.size, elements=found.elements + self.dense.size)
+
+    def skip(self) -> DgcState:
+        """After a step that all ranks skip."""
+        return self._replace(steps=self.steps + 1, skipped=self.skipped + 1)
 
 
 class TensorSplit(NamedTuple):
@@ -124,12 +137,7 @@ def dgc(
     momentum SGD.  If any rank's gradient is not finite, no rank steps, and only ``steps`` and ``skipped`` change in the
     state.
     """
-    for each in (density, *stages):
-        check_density(each, "dgc")
-    check_decay("dgc: momentum", momentum)
-    check_warm_up(warmup, stages)
-    require(weight_decay >= 0, f"dgc: weight_decay is {weight_decay}: pass 0 or more")
-    require(clip is None or clip > 0, f"dgc: clip is {clip}: pass a positive norm")
+    check_arguments(density, stages, momentum, warmup, weight_decay, clip, smallest)
     places = split_tensors(bucket, smallest)
     limit = None if clip is None else clip * comm.size**0.5
     ball = partial(heavy_ball, momentum=momentum, nesterov=nesterov)
@@ -138,6 +146,11 @@ def dgc(
     def messages_of(d: float) -> FeedbackTransform:
         how: Any = {"nesterov": nesterov, "mask": mask, "parts": places.packed_slices, "exchange": exchange}
         return feedback(topk(d, exact=exact), comm, momentum, **how)
+
+    @cache
+    def pays(d: float, on_host: bool) -> bool:
+        n = places.packed_slices[-1].stop if places.packed_slices else 0
+        return is_worth_messages(comm, n, d, exchange if on_host else ALLGATHER)
 
     def density_at(step: int) -> float:
         return stages[step * len(stages) // warmup] if step < warmup else density
@@ -153,8 +166,7 @@ def dgc(
         norm = global_norm(gradient, None)
         fine = math.isfinite(norm)
         d = density_at(state.steps)
-        dense_step = not places.packed_slices or d * comm.size > 1 or (d == 1 and not mask)
-        state = state._replace(steps=state.steps + 1)
+        dense_step = (d == 1 and not mask) or not pays(d, isinstance(gradient, np.ndarray))
         if fine and limit is not None and norm > limit:
             gradient = gradient * np.float32(limit / norm)
         large, small = pack_slices(gradient, places.sparse), pack_slices(gradient, places.dense)
@@ -167,8 +179,8 @@ def dgc(
             fine = sparse.skipped == state.sparse.skipped
             state = state._replace(sparse=sparse if fine else state.sparse._replace(report=sparse.report))
         if not fine:
-            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
-        state = state._replace(dense_step=dense_step)
+            return np.zeros_like(gradient), state.skip()
+        state = state._replace(steps=state.steps + 1, dense_step=dense_step)
         if dense_step:
             large, sparse = accumulate_all(large, state.sparse, momentum, nesterov)
             large, small, state = average_dense(comm, ball, large, small, state._replace(sparse=sparse))
@@ -193,14 +205,29 @@ def dgc(
 
 def check_bucket_vectors(who: str, bucket: Bucket, gradient: Vector, weights: Vector) -> None:
     """Raise unless both are alike, and vectors of the bucket."""
-    check_alike(gradient, weights)
     require(weights.shape == (bucket.size,), f"{who}: weights of shape {weights.shape}: pass the bucket's vector")
 
 
-def check_warm_up(warmup: int, stages: Sequence[float]) -> None:
-    """Raise for a warm-up that has no steps or no densities."""
+def check_arguments(
+    density: float,
+    stages: Sequence[float],
+    momentum: float,
+    warmup: int,
+    weight_decay: float,
+    clip: float | None,
+    smallest: int,
+) -> None:
+    """Raise for numbers outside their ranges, and for a warm-up that has no densities."""
+    require(isinstance(stages, Sequence), f"dgc: stages is {stages!r}: pass densities, such as (0.25, 0.0625)")
+    for each in (density, *stages):
+        check_density(each, "dgc")
+    check_decay("dgc: momentum", momentum)
     check_count("dgc: warmup", warmup, 0)
     require(not warmup or len(stages) > 0, "dgc: stages is empty: pass the densities of the warm-up, or warmup=0")
+    check_not_negative("dgc: weight_decay", weight_decay)
+    check_not_negative("dgc: smallest", smallest)
+    if clip is not None:
+        check_limit("dgc: clip", clip, "pass a positive norm")
 
 
 def average_dense(

@@ -20,8 +20,9 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,22 +35,34 @@ from hpccomm.algorithms.compression.format import (
     NotFiniteError,
     check_flat,
     header_of,
+    read_indices,
 )
 from hpccomm.algorithms.exchange import exchange_unsent
-from hpccomm.algorithms.message_paths import ALLGATHER, AUTO, DENSE, EXCHANGES, NODE, PATHS, choose_path
+from hpccomm.algorithms.message_paths import (
+    ALLGATHER,
+    AUTO,
+    DENSE,
+    EXCHANGES,
+    LEADERS,
+    NODE,
+    PATHS,
+    TRY_AGAIN,
+    choose_path,
+    elements_in,
+)
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
-from hpccomm.algorithms.states import GroupSize, LocalVector, Unsent
+from hpccomm.algorithms.states import GroupSize, LocalVector, Scratch, Unsent
 from hpccomm.algorithms.transforms import (
     ResidualTransform,
     Transform,
     Vector,
-    check_alike,
     check_choice,
     check_decay,
     check_shape,
     require,
 )
 from hpccomm.collectives.compressed.messages import MessageGather, demand_whole
+from hpccomm.collectives.compressed.sparse import hierarchical_allreduce
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 
@@ -62,7 +75,7 @@ class FeedbackState(NamedTuple):
 
     residual: Unsent
     """e, or with momentum v: what this rank has not sent yet."""
-    spare: Vector
+    spare: Scratch
     """A buffer for the next residual."""
     momentum: LocalVector | None
     """u, with momentum."""
@@ -81,7 +94,7 @@ class FeedbackState(NamedTuple):
     path: int
     """The position in EXCHANGES of the exchange of the last step."""
     longest: int
-    """Bytes of the longest message of all ranks, without headers, when they were last gathered."""
+    """Bytes of the longest message of all ranks, without headers, when messages were last sent."""
 
     def messages(self) -> MessageReport:
         """The messages of the last step that was not skipped."""
@@ -126,8 +139,10 @@ def feedback(
     Compressors that round at random draw other numbers on every rank.
 
     ``exchange``: a path of :mod:`hpccomm.algorithms.message_paths`, ``"allgather"``, ``"node"``, ``"split"``,
-    ``"recursive_doubling"``, ``"ok_topk"`` or ``"dense"``.  ``"auto"`` adds inside nodes where several ranks of a node
-    exchange with other nodes, else gathers, and sends long vectors densely while their messages would take longer.
+    ``"recursive_doubling"``, ``"ok_topk"``, ``"leaders"`` or ``"dense"``.  ``"auto"`` adds inside nodes where several
+    ranks of a node exchange with other nodes, else gathers; from the second step of long vectors on it takes the path
+    of the least price, but for ``"ok_topk"`` (:mod:`hpccomm.collectives.compressed.prices`).  With ``"leaders"`` a
+    node sends the message of one rank: its ranks' gradients and residuals are added first, in the units of their mean.
 
     Each rank sends its messages to all others, with 8 bytes for the length of each, and 16 bytes more, 32 with
     momentum; short messages are padded to a common length
@@ -142,16 +157,17 @@ def feedback(
     require(hasattr(compressor, "decode_all"), f"feedback: {compressor!r} is no compressor: pass topk(0.01) …")
     require(hasattr(comm, "Allgather"), f"feedback: {comm!r} is no communicator: pass hpccomm.Communicator(comm)")
     check_decay("feedback: momentum", momentum)
-    require(reduce in ("mean", "sum"), f"feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
+    check_choice("feedback: reduce", reduce, ("mean", "sum"))
     require(not nesterov or momentum > 0, "feedback: nesterov needs momentum: pass one above 0")
     check_choice("feedback: exchange", exchange, EXCHANGES)
     require(
-        exchange != NODE or hasattr(comm, "intra_node"),
-        "feedback: exchange is 'node', but this communicator does not know its nodes: pass hpccomm.Communicator(comm)",
+        exchange not in (NODE, LEADERS) or hasattr(comm, "intra_node"),
+        f"feedback: exchange is {exchange!r}, but this communicator does not know its nodes: pass "
+        "hpccomm.Communicator(comm)",
     )
     require(
-        exchange != DENSE or compressor.agree is None,
-        f"feedback: exchange is 'dense', but {compressor.name} counts votes: pass 'allgather' or 'auto'",
+        exchange not in (DENSE, LEADERS) or compressor.agree is None,
+        f"feedback: exchange is {exchange!r}, but {compressor.name} counts votes: pass 'allgather' or 'auto'",
     )
     shorter = compressor.contraction or compressor
     sends = FeedbackExchange(shorter, comm, momentum, nesterov, mask, reduce, parts, exchange)
@@ -176,6 +192,14 @@ class FeedbackExchange:
 
     def __post_init__(self) -> None:
         self.everyone = MessageGather(self.comm)
+        self.whole_paths = {DENSE: self.send_all, LEADERS: self.send_by_leaders}
+        """The paths on which a rank hands out all that it has."""
+
+    @cached_property
+    def between_nodes(self) -> MessageGather:
+        """Gathers the messages of the nodes' first ranks."""
+        comm: Any = self.comm
+        return MessageGather(comm.inter_node)
 
     def init(self, weights: Vector) -> FeedbackState:
         """Nothing is unsent."""
@@ -194,7 +218,6 @@ class FeedbackExchange:
 
     def update(self, gradient: Vector, state: FeedbackState, weights: Vector) -> tuple[Vector, FeedbackState]:
         """Exchange a gradient."""
-        check_alike(gradient, weights)
         if self.keeps_residual:
             check_shape(self.compressor.name, state.residual, weights)
         return self.exchange(gradient, state, True)
@@ -203,14 +226,15 @@ class FeedbackExchange:
         """As :meth:`update`; where ``fine`` is False on any rank, no rank steps."""
         began, asked = time.perf_counter(), 0
         check_flat(gradient, self.compressor.name, self.compressor.on_device)
-        if self.momentum:
-            fine = fine and self.can_accumulate(gradient, state)
-            fine, asked = check_agreement(self.comm, fine, self.compressor.name)  # before u and v are written in place
+        path = self.choose(gradient, state)
+        whole = self.whole_paths.get(path)
+        if self.momentum or whole:
+            fine = fine and self.can_accumulate(gradient, state, self.comm.size if whole else 1)
+            fine, _, asked = check_agreement(self.comm, fine, self.compressor.name)  # before u and v are written
         else:
             fine = fine and kernels(gradient).all_finite(gradient)
-        path = self.choose(gradient, state)
-        if path == DENSE:
-            return self.send_all(gradient, state, fine, began, asked)
+        if whole:
+            return whole(gradient, state, began, asked) if fine else self.skip(gradient, state, began, asked)
         messages = self.encode(gradient, state) if fine else None
         if path != ALLGATHER:
             return self.add_messages(path, messages, gradient, state, began, asked)
@@ -225,7 +249,7 @@ class FeedbackExchange:
         after = state._replace(
             residual=residual,
             spare=spare,
-            headers=np.stack([each[:HEADER_BYTES] for each in received[self.comm.rank]]),
+            headers=headers_of(received[self.comm.rank]),
             steps=state.steps + 1,
             report=state.report.add(cost),
             room=self.everyone.room,
@@ -242,7 +266,10 @@ class FeedbackExchange:
             return self.how
         if self.compressor.agree is not None:
             return ALLGATHER
-        return choose_path(self.comm, gradient.size, state.longest // 8, state.steps)
+        tries = EXCHANGES[state.path] == DENSE and state.steps % TRY_AGAIN == 0
+        longest = 0 if tries else state.longest
+        elements = elements_in(longest, self.compressor.kinds, gradient.size)
+        return choose_path(self.comm, gradient.size, longest, elements)
 
     def skip(self, gradient: Vector, state: FeedbackState, began: float, nbytes: int) -> tuple[Vector, FeedbackState]:
         """A step of zero."""
@@ -259,7 +286,8 @@ class FeedbackExchange:
         asked: int,
     ) -> tuple[Vector, FeedbackState]:
         """Add the decoded messages of all ranks along a path."""
-        fine, more = check_agreement(self.comm, messages is not None, self.compressor.name)
+        length = sum(each.size - HEADER_BYTES for each in messages or ())
+        fine, longest, more = check_agreement(self.comm, messages is not None, self.compressor.name, length)
         if not fine or messages is None:
             return self.skip(gradient, state, began, asked + more)
         own = np.zeros_like(gradient)
@@ -278,40 +306,94 @@ class FeedbackExchange:
         after = state._replace(
             residual=residual,
             spare=spare,
-            headers=np.stack([each[:HEADER_BYTES] for each in messages]),
+            headers=headers_of(messages),
             steps=state.steps + 1,
             report=state.report.add(cost),
             path=EXCHANGES.index(path),
+            longest=longest,
         )
         return found.total, after
 
     def send_all(
-        self, gradient: Vector, state: FeedbackState, fine: bool, began: float, asked: int
+        self, gradient: Vector, state: FeedbackState, began: float, asked: int
     ) -> tuple[Vector, FeedbackState]:
         """Gradient and residual in an ordinary allreduce; nothing waits afterwards."""
-        if not self.momentum:
-            fine, asked = check_agreement(self.comm, fine, self.compressor.name)
-        if not fine:
-            return self.skip(gradient, state, began, asked)
         whole, after = accumulate_all(gradient, state, self.momentum, self.nesterov)
         total, cost = exchange_unsent(self.comm, whole, self.reduce)
         cost = ExchangeReport(1, time.perf_counter() - began, cost.wire_bytes + asked)
         path = EXCHANGES.index(DENSE)
         return total, after._replace(steps=state.steps + 1, report=state.report.add(cost), path=path)
 
+    def send_by_leaders(
+        self, gradient: Vector, state: FeedbackState, began: float, asked: int
+    ) -> tuple[Vector, FeedbackState]:
+        """The first rank of each node sends what its ranks have together, and keeps what it has not sent."""
+        whole, after = accumulate_all(gradient, state, self.momentum, self.nesterov)
+        comm: Any = self.comm
+        node, ranks = comm.intra_node, np.float32(comm.size / comm.layout.count)
+        masks, told = after.momentum is not None and self.mask, cast(Any, None)
+        sent = whole.nbytes if node.rank else whole.nbytes * (node.size - 1)
+
+        def between(leaders: Any, total: Vector) -> Vector:
+            nonlocal told, sent
+            total /= ranks
+            messages = self.encode_backlog(total, state)
+            after.residual[...] = total * ranks
+            self.between_nodes.set_room(state.room)
+            received, nbytes = exchange_messages(self.between_nodes, messages)
+            if received is None or messages is None:
+                raise ArgumentError(f"{self.compressor.name}: it cannot hold the sum of a node's gradients: scale them")
+            longest = max(sum(each.size - HEADER_BYTES for each in one) for one in received)
+            names, sent = self.names(messages, total) if masks else None, sent + nbytes
+            told = headers_of(messages), names, longest, self.between_nodes.room
+            return self.decode(received, gradient)
+
+        total = hierarchical_allreduce(self.comm, whole, between)
+        headers, names, longest, room = node.bcast(told)
+        if self.reduce == "sum":
+            total *= ranks
+        if after.momentum is not None and masks:
+            after.momentum[names] = 0
+        cost = ExchangeReport(1, time.perf_counter() - began, sent + asked)
+        return total, after._replace(
+            headers=headers,
+            steps=state.steps + 1,
+            report=state.report.add(cost),
+            room=room,
+            path=EXCHANGES.index(LEADERS),
+            longest=longest,
+        )
+
+    def encode_backlog(self, backlog: Vector, state: FeedbackState) -> list[Message] | None:
+        """The message of each part of a backlog, which becomes what is left; None where it holds too large a number."""
+        step, parts = self.count_of(state), zip(self.slices_of(backlog), state.headers, strict=True)
+        try:
+            return [self.compressor.encode_feedback(backlog[part], step=step, last=last) for part, last in parts]
+        except NotFiniteError:
+            return None
+
+    def names(self, messages: Sequence[Message], like: Vector) -> npt.NDArray[np.int64]:
+        """The elements that messages of all parts name."""
+        places = zip(messages, self.slices_of(like), strict=True)
+        found = [read_indices(each).astype(np.int64) + place.start for each, place in places]
+        return np.concatenate([np.empty(0, np.int64), *found])
+
     def decode(self, received: list[list[Message]], like: Vector) -> Vector:
-        """The mean or sum of the messages of all ranks."""
+        """The mean or sum of the messages of all senders."""
         total = np.zeros_like(like)
         for number, part in enumerate(self.slices_of(like)):
             self.compressor.decode_all([each[number] for each in received], total[part])
             if self.reduce == "mean" or self.compressor.agree is not None:
-                self.compressor.conclude(total[part], self.comm.size)
+                self.compressor.conclude(total[part], len(received))
         return total
+
+    def count_of(self, state: FeedbackState) -> int:
+        """The number of this message, by which compressors that round at random draw."""
+        return state.steps * self.comm.size + self.comm.rank if self.compressor.is_random else state.steps
 
     def encode(self, gradient: Vector, state: FeedbackState) -> list[Message] | None:
         """The message of each part; None where a sum of gradient and residual exceeds float32."""
-        step = state.steps * self.comm.size + self.comm.rank if self.compressor.is_random else state.steps
-        messages = []
+        step, messages = self.count_of(state), []
         try:
             for part, last in zip(self.slices_of(gradient), state.headers, strict=True):
                 if state.momentum is None:
@@ -334,13 +416,14 @@ class FeedbackExchange:
             return None
         return messages
 
-    def can_accumulate(self, gradient: Vector, state: FeedbackState) -> bool:
-        """Whether u and v stay finite, now and when the momentum of today has run out."""
+    def can_accumulate(self, gradient: Vector, state: FeedbackState, ranks: int) -> bool:
+        """Whether u and v of so many ranks together stay finite, now and when the momentum of today has run out."""
         peak = largest(gradient)
         if peak <= NEVER_OVERFLOWS:
             return True
-        ahead = (largest(state.momentum) + peak) / (1 - self.momentum)
-        return peak < math.inf and largest(state.residual) + ahead < LARGEST_SUM
+        moving = 0.0 if state.momentum is None else largest(state.momentum)
+        ahead = (moving + peak) / (1 - self.momentum)
+        return peak < math.inf and largest(state.residual) + ahead < LARGEST_SUM / ranks
 
     def flush(self, state: FeedbackState) -> tuple[Vector, FeedbackState]:
         """Exchange the residuals densely."""
@@ -394,7 +477,7 @@ def without_feedback(
         f"without_feedback: {compressor.name} leaves out the same elements again and again: pass qsgd, ternary or "
         "natural, or use feedback",
     )
-    require(reduce in ("mean", "sum"), f"without_feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
+    check_choice("without_feedback: reduce", reduce, ("mean", "sum"))
     sends = UnbiasedExchange(compressor, comm, 0.0, False, False, reduce, parts)
     return Transform(sends.init, sends.update)
 
@@ -425,6 +508,11 @@ def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bo
     return velocity, velocity
 
 
+def headers_of(messages: Sequence[Message]) -> npt.NDArray[np.uint8]:
+    """The first bytes of the message of each part."""
+    return np.array([each[:HEADER_BYTES] for each in messages], np.uint8).reshape(-1, HEADER_BYTES)
+
+
 def agree_on_most(comm: MPI.Intracomm, count: int) -> int:
     """The largest count of all ranks, at least 1 (collective)."""
     counts = np.empty(comm.size, np.int64)
@@ -450,18 +538,18 @@ def all_ranks_true(comm: MPI.Intracomm, fine: bool) -> bool:
     return bool(least[0])
 
 
-def check_agreement(comm: MPI.Intracomm, fine: bool, name: str) -> tuple[bool, int]:
-    """Whether ``fine`` holds on all ranks, and the bytes that this rank sends (collective).
+def check_agreement(comm: MPI.Intracomm, fine: bool, name: str, length: int = 0) -> tuple[bool, int, int]:
+    """Whether ``fine`` holds on all ranks, the largest length, and the bytes that this rank sends (collective).
 
     Raises ArgumentError on all ranks where ranks pass different compressors.
     """
     if comm.size == 1:
-        return fine, 0
-    mine, rows = np.array([fine, zlib.crc32(name.encode())]), np.empty((comm.size, 2), np.int64)
+        return fine, length, 0
+    mine, rows = np.array([2 * length + fine, zlib.crc32(name.encode())]), np.empty((comm.size, 2), np.int64)
     comm.Allgather(mine, rows)
     for rank in np.flatnonzero(rows[:, 1] != rows[0, 1]):
         raise ArgumentError(f"{name}: ranks 0 and {rank} use different compressors: make them alike; nothing was sent")
-    return bool(rows[:, 0].all()), mine.nbytes * (comm.size - 1)
+    return bool((rows[:, 0] % 2).all()), int(rows[:, 0].max()) // 2, mine.nbytes * (comm.size - 1)
 
 
 def exchange_messages(

@@ -50,9 +50,11 @@ from hpccomm.algorithms.transforms import (
     chain,
     check_choice,
     check_decay,
+    check_limit,
+    check_not_negative,
+    check_positive,
     check_rate,
     descend,
-    require,
 )
 from hpccomm.algorithms.transforms import momentum as momentum_trace
 from hpccomm.algorithms.trust_ratio import (
@@ -106,9 +108,11 @@ def lars(
     check_choice("lars: variant", variant, get_args(Variant))
     check_rate("lars: lr", lr)
     check_decay("lars: momentum", momentum)
-    require(weight_decay >= 0, f"lars: weight_decay is {weight_decay}: pass 0 or more")
-    require(trust > 0, f"lars: trust is {trust}: pass a positive number; 0.001 is usual")
-    require(max_norm is None or max_norm > 0, f"lars: max_norm is {max_norm}: pass a positive number, or None")
+    check_not_negative("lars: weight_decay", weight_decay)
+    check_not_negative("lars: eps", eps)
+    check_positive("lars: trust", trust, "pass a positive number; 0.001 is usual")
+    if max_norm is not None:
+        check_limit("lars: max_norm", max_norm, "pass a positive number, or None")
     here = layers("lars", bucket, part, decay, adapt)
     clip_gradient = scale_by_global_norm("none" if max_norm is None else "clip", max_norm or 1.0, norm_reduce)
     decayed, velocity, rate = add_decayed_weights(weight_decay, here), momentum_trace(momentum, nesterov), descend(lr)
@@ -162,9 +166,9 @@ def lamb(
     check_rate("lamb: lr", lr)
     check_decay("lamb: b1", b1)
     check_decay("lamb: b2", b2)
-    require(eps >= 0, f"lamb: eps is {eps}: pass 0 or more")
-    require(weight_decay >= 0, f"lamb: weight_decay is {weight_decay}: pass 0 or more")
-    require(max_norm > 0, f"lamb: max_norm is {max_norm}: pass a positive number")
+    check_not_negative("lamb: eps", eps)
+    check_not_negative("lamb: weight_decay", weight_decay)
+    check_limit("lamb: max_norm", max_norm)
     check_choice("lamb: bias_correction", bias_correction, (True, False, "in_step"))
     check_choice("lamb: grad_norm", grad_norm, ("none", "clip", "normalise"))
     check_range("lamb: ratio_clip", ratio_clip)

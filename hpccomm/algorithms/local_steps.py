@@ -38,13 +38,14 @@ from hpccomm.algorithms.transforms import (
     Transform,
     Vector,
     chain,
-    check_alike,
     check_decay,
+    check_positive,
     check_rate,
     check_transform,
     descend,
     momentum,
     require,
+    restart,
     scale,
     scale_by_schedule,
 )
@@ -166,6 +167,7 @@ def periodic_transform(
 
     Start all ranks from the same weights.  Adding the step that ends a block to the weights gives the same bits on all
     ranks, see :mod:`hpccomm.algorithms.exact_steps`; copy ``state.start`` if another transform follows, or in JAX.
+    Where a run goes on with one rank, or one group, ``outer`` begins anew after each block, and its schedules go on.
     """
     require(isinstance(period, int) and period >= 1, f"periodic: period is {period}: pass an integer, 1 or more")
     whole = isinstance(warmup, int | np.integer)
@@ -221,12 +223,11 @@ class PeriodicSteps:
         """A block begins."""
         start, inner = widen(weights).copy(), self.inner.init(weights)
         joint = self.mean.init(weights) if self.warmup else ()
-        counted = float(self.weight_by()) if callable(self.weight_by) else 0.0
         return PeriodicState(
             updates=0,
             steps=0,
             batches=0,
-            weight_at_start=counted,
+            weight_at_start=self.count_samples(),
             start=start,
             inner_start=snapshot(inner),
             inner=inner,
@@ -239,7 +240,6 @@ class PeriodicSteps:
 
     def update(self, gradient: Vector, state: PeriodicState, weights: Vector) -> tuple[Vector, PeriodicState]:
         """One step; the last one of a block ends it."""
-        check_alike(gradient, weights)
         company = self.step_comm(state)
         alive, state = self.count_active(company, True, state)
         return self.step(gradient, state, weights, company, alive, batches=1)
@@ -315,11 +315,12 @@ class PeriodicSteps:
             start = widen(local)
             # should more ranks go on, the outer transform begins from here; what it has cost so far counts
             spent = state.report.add(report(state.outer).cost)
-            outer = self.outer.init(start)
-            return local, state._replace(steps=0, batches=0, start=start, outer=outer, report=spent), last
+            outer = restart(self.outer, state.outer, start, int(state.batches > 0))
+            next_block = state._replace(steps=0, batches=0, weight_at_start=self.count_samples())
+            return local, next_block._replace(start=start, outer=outer, report=spent), last
         with np.errstate(invalid="ignore", over="ignore"):
             behind = state.start - widen(local)
-        counted = float(self.weight_by()) if callable(self.weight_by) else 0.0
+        counted = self.count_samples()
         agreed, state = self.agree_on_block(behind, counted, state, last)
         next_block = state._replace(steps=0, batches=0, weight_at_start=counted)
         if not agreed.finite:
@@ -352,6 +353,10 @@ class PeriodicSteps:
             float(share), bool(total > 0), bool(rows[:, 1].all()), bool(rows[:, 2].all()), int(rows[:, 4].max())
         )
         return agreed, state
+
+    def count_samples(self) -> float:
+        """The running total of this rank's samples, where ``weight_by`` counts them."""
+        return float(self.weight_by()) if callable(self.weight_by) else 0.0
 
     def weight(self, counted: float, state: PeriodicState) -> float:
         """The weight of this rank's update."""
@@ -404,7 +409,7 @@ def slowmo(
     check_decay("slowmo: beta", beta)
     check_rate("slowmo: lr", lr)
     require(callable(lr) or lr > 0, f"slowmo: lr is {lr}: pass the positive rate of inner")
-    require(slow_lr > 0, f"slowmo: slow_lr is {slow_lr}: pass a positive number")
+    check_positive("slowmo: slow_lr", slow_lr)
 
     def gamma(block: int) -> float:
         first = warmup + block * period

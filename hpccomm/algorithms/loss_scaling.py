@@ -12,12 +12,11 @@ import numpy as np
 
 from hpccomm.algorithms.error_feedback import all_ranks_true
 from hpccomm.algorithms.reports import MessageReport
-from hpccomm.algorithms.states import children_of
+from hpccomm.algorithms.states import children_of, skip_step
 from hpccomm.algorithms.transforms import (
     SkipState,
     Transform,
     Vector,
-    check_alike,
     check_transform,
     require,
     round_like,
@@ -58,6 +57,10 @@ class ScaledState(NamedTuple):
         """The messages of the inner state."""
         return self.inner.messages()
 
+    def skip(self) -> ScaledState:
+        """After a step that all ranks skip."""
+        return ScaledState(self.scale.update(True), skip_step(self.inner))
+
 
 def scale_loss(comm: MPI.Intracomm, inner: Transform, first: LossScale | None = None) -> Transform:
     """Divide the gradient of a scaled loss by :func:`loss_scale` before ``inner``, which holds the exchange.
@@ -83,15 +86,11 @@ def scale_loss(comm: MPI.Intracomm, inner: Transform, first: LossScale | None = 
     require(first.value > 0, f"scale_loss: the scale is {first.value}: pass a positive number")
 
     def update(gradient: Vector, state: ScaledState, weights: Vector) -> tuple[Vector, ScaledState]:
-        check_alike(gradient, weights)
-        fine = all_ranks_true(comm, bool(np.isfinite(gradient).all()))
-        scale = state.scale.update(not fine)
-        if not fine:
-            skipped = state.inner._replace(skipped=state.inner.skipped + 1)
-            return np.zeros_like(weights), ScaledState(scale, skipped)
+        if not all_ranks_true(comm, bool(np.isfinite(gradient).all())):
+            return np.zeros_like(weights), state.skip()
         unscaled = round_like(widen(gradient) / state.scale.value, gradient.dtype)  # 65,536 is infinite in float16
         step, after = inner.update(unscaled, state.inner.inner, weights)
-        return step, ScaledState(scale, state.inner._replace(inner=after))
+        return step, ScaledState(state.scale.update(False), state.inner._replace(inner=after))
 
     return Transform(lambda weights: ScaledState(first, SkipState(0, inner.init(weights))), update, inner.bucket)
 

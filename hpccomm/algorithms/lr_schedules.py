@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
-from hpccomm.algorithms.transforms import Schedule, require
+from hpccomm.algorithms.transforms import Schedule, check_not_negative, check_positive, require
 
 
 def linear_scaling(lr: float, batch: int, base: int) -> float:
@@ -37,7 +37,7 @@ def warm_up(steps: int, then: float | Schedule) -> Schedule:
 
     The last update of the warm-up has the full rate γ.
     """
-    require(steps >= 0, f"warm_up: steps is {steps}: pass 0 or more")
+    check_not_negative("warm_up: steps", steps)
     after = then if callable(then) else constant(then)
     return lambda t: after(0) * (t + 1) / steps if t < steps else after(t - steps)
 
@@ -45,7 +45,7 @@ def warm_up(steps: int, then: float | Schedule) -> Schedule:
 def polynomial(lr: float, steps: int, power: float = 1.0, end: float = 0.0) -> Schedule:
     """γ (1 − t/T)^q down to ``end`` at update T, then constant; q is 2 for LARS, 1 for LAMB in their recipes."""
     require(steps >= 1, f"polynomial: steps is {steps}: pass 1 or more")
-    require(power > 0, f"polynomial: power is {power}: pass a positive number")
+    check_positive("polynomial: power", power)
     return lambda t: end + (lr - end) * (1 - min(t, steps) / steps) ** power
 
 
@@ -59,7 +59,7 @@ def step_decay(lr: float, at: Sequence[int], factor: float = 0.1) -> Schedule:
     """γ times ``factor`` once for each of the updates ``at`` that t has reached, which ascend."""
     ascending = all(a < b for a, b in pairwise(at))
     require(ascending and all(each >= 0 for each in at), f"step_decay: at is {list(at)}: pass updates that ascend")
-    require(factor > 0, f"step_decay: factor is {factor}: pass a positive number")
+    check_positive("step_decay: factor", factor)
     return lambda t: lr * factor ** bisect_right(at, t)
 
 
@@ -68,7 +68,7 @@ def warm_up_stable_decay(lr: float, warmup: int, stable: int, decay: int, end: f
 
     Hu et al., *MiniCPM*, 2024: the plateau can be prolonged without a new plan of the whole run.
     """
-    require(stable >= 0, f"warm_up_stable_decay: stable is {stable}: pass 0 or more")
+    check_not_negative("warm_up_stable_decay: stable", stable)
     return warm_up(warmup, join_schedules((stable, constant(lr)), (decay, polynomial(lr, decay, end=end))))
 
 

@@ -1,7 +1,7 @@
 """How compressed messages meet: flat allgather, a sum inside the nodes first, or one of the sparse allreduces.
 
-*p ranks on N nodes, n elements, k the largest number of elements that a rank sends, α and β of the link.*  All paths
-add the same messages; they differ in the order of additions, in bytes and in rounds (:func:`sparse.times` prices them):
+*p ranks on N nodes, n elements, k the largest number of elements that a rank sends.*  The first four paths add the same
+messages, in other orders; they differ in bytes and in rounds (:mod:`hpccomm.collectives.compressed.prices`):
 
 ===================  ===========================================================================================
 path                 what happens
@@ -11,6 +11,7 @@ node                 the ranks of a node add theirs in shared memory, the nodes'
 split                each rank adds one block of the vector, all receive the blocks
 recursive_doubling   sums of two ranks, of four, … travel
 ok_topk              as split, of which the k largest sums travel; a rank keeps what was left out
+leaders              the gradients and residuals of a node are added, and its first rank sends one message of them
 dense                no message: gradients and residuals in an ordinary allreduce
 ===================  ===========================================================================================
 """
@@ -22,17 +23,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpccomm.algorithms.compression.format import Kind
 from hpccomm.algorithms.transforms import Vector
-from hpccomm.collectives.compressed.sparse import hierarchical_allreduce, sparse_allreduce, times
+from hpccomm.collectives.compressed.prices import cheapest, path_phases, place_of
+from hpccomm.collectives.compressed.sparse import hierarchical_allreduce, sparse_allreduce
 from hpccomm.kernels.vectors.reference import Indices
-from hpccomm.layout import ETHERNET
 
-AUTO, ALLGATHER, NODE, DENSE = "auto", "allgather", "node", "dense"
+AUTO, ALLGATHER, NODE, DENSE, LEADERS = "auto", "allgather", "node", "dense", "leaders"
 
 LONG = 1 << 16
 """Elements from which bytes, and not rounds, decide whether messages are worth it."""
 TRY_AGAIN = 64
 """Dense steps after which messages are tried again."""
+ELEMENT_BYTES = {Kind.WORDS: 4, Kind.SPARSE: 8, Kind.CELLS: 4}
+"""About the bytes of an element in messages that name elements; others hold all of them."""
 
 
 class MessageSum(NamedTuple):
@@ -77,7 +81,7 @@ PATHS: dict[str, Callable[[Any, Vector, int], MessageSum]] = {
 }
 """``add(comm, own decoded message, k)`` (collective)."""
 
-EXCHANGES = (AUTO, ALLGATHER, DENSE, *PATHS)
+EXCHANGES = (AUTO, ALLGATHER, DENSE, *PATHS, LEADERS)
 """The names of all exchanges; a state holds the position of the last one."""
 
 
@@ -87,11 +91,26 @@ def is_node_aware(comm: Any) -> bool:
     return layout is not None and layout.count > 1 and max(layout.per_node) > 1 and comm.size == layout.size
 
 
-def choose_path(comm: Any, n: int, elements: int, steps: int) -> str:
-    """The path of the next step by its price; ``elements`` of the longest message of the last step, 0 before."""
-    if is_node_aware(comm):
-        return NODE
-    if n < LONG or not elements or steps % TRY_AGAIN == 0:
-        return ALLGATHER
-    price = times(n, elements, None, comm.size, getattr(comm, "link", ETHERNET))
-    return DENSE if price[DENSE] < price[ALLGATHER] else ALLGATHER
+def choose_path(comm: Any, n: int, nbytes: int, elements: int) -> str:
+    """The path of the next step by its price; ``nbytes`` and ``elements`` of the longest message, 0 if not known."""
+    if n < LONG or not nbytes:
+        return NODE if is_node_aware(comm) else ALLGATHER
+    place = place_of(comm)
+    return cheapest(path_phases(n, elements, nbytes, place), place)
+
+
+def elements_in(nbytes: int, kinds: frozenset[Kind], n: int) -> int:
+    """About the elements of n that a message of so many bytes names, all of them where it holds the whole vector."""
+    width = max((ELEMENT_BYTES.get(kind, 0) for kind in kinds), default=0)
+    return min(n, nbytes // width) if width else n
+
+
+def is_worth_messages(comm: Any, n: int, density: float, exchange: str) -> bool:
+    """Whether messages of this density take less time than a dense allreduce; of short vectors, fewer bytes."""
+    if not n:
+        return False
+    if n < LONG or exchange != AUTO:
+        senders = place_of(comm).nodes if exchange == LEADERS else comm.size
+        return density * senders <= 1
+    place = place_of(comm)
+    return cheapest(path_phases(n, density * n, 8 * density * n, place), place) != DENSE

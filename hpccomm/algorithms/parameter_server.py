@@ -38,7 +38,8 @@ import numpy.typing as npt
 
 from hpccomm.algorithms.blockwise_filtering import shard
 from hpccomm.algorithms.row_sparse import RowCode
-from hpccomm.algorithms.transforms import Transform, Vector, check_alike, is_number, require
+from hpccomm.algorithms.transforms import Transform, Vector, is_number, require
+from hpccomm.algorithms.trees import check_alike
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError, HpccommError, MismatchError
 from hpccomm.performance.units import format_count

@@ -26,7 +26,7 @@ from hpccomm.algorithms.deep_gradient_compression import check_bucket_vectors, p
 from hpccomm.algorithms.exchange import allreduce_mean, exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import Unsent
-from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_count, require
+from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_count, check_seed
 from hpccomm.buckets import Bucket
 from hpccomm.kernels.dispatch import kernels
 
@@ -122,11 +122,12 @@ def powersgd(
     When a run continues with another number of ranks, :func:`~hpccomm.for_ranks` redistributes the residuals.
     """
     check_count("powersgd: rank", rank, 1)
+    check_seed("powersgd", seed)
     check_count("powersgd: start_dense_steps", start_dense_steps, 0)
     matrices, dense, errors, lefts, rights = split_matrices(bucket, rank)
 
     def init(weights: Vector) -> PowerSgdState:
-        require(check_flat(weights, "powersgd").size == bucket.size, "powersgd: pass weights of the bucket's size")
+        check_flat(weights, "powersgd")
         factors = np.empty(rights, np.float32)
         for number, place in enumerate(matrices):
             factors[place.right] = start_factor(place.shape[1], place.rank, seed + number).reshape(-1)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hpccomm.algorithms import exchange as dense
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport
-from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_choice, require
+from hpccomm.algorithms.transforms import Transform, Vector, check_choice, require
 from hpccomm.buckets import Bucket
 from hpccomm.collectives.compressed.rows import PATHS, allreduce_rows
 from hpccomm.kernels.dispatch import kernels
@@ -49,6 +49,8 @@ class Region(NamedTuple):
 def find_regions(bucket: Bucket, tensors: Collection[str], lo: int = 0, hi: int | None = None) -> list[Region]:
     """The named tensors' whole rows inside elements [lo, hi) of the bucket's vector, counted from lo."""
     require(not isinstance(tensors, str), f"rows: the tensors are the text {tensors!r}: pass a list of names")
+    named = isinstance(tensors, Collection) and all(isinstance(each, str) for each in tensors)
+    require(named, f"rows: the tensors are {tensors!r}: pass a list of names")
     names = [entry.name for entry in bucket.table]
     unknown = sorted(set(tensors) - set(names))
     require(not unknown, f"rows: no tensor is called {', '.join(unknown)}: pass names of {', '.join(names)}")
@@ -114,7 +116,6 @@ def mean_rows(comm: MPI.Intracomm, bucket: Bucket, tensors: Collection[str], *, 
         return RowMeanState(mean_of_others.init(pack(weights)), ExchangeReport(), 0)
 
     def update(gradient: Vector, state: RowMeanState, weights: Vector) -> tuple[Vector, RowMeanState]:
-        check_alike(gradient, weights)
         check_size(weights)
         if comm.size == 1:
             return gradient, state

@@ -107,7 +107,7 @@ def map_declared(
         map_declared(function, each, f"{path}.{name}" if path else name, own or change)
         for name, each, own in children_of(state)
     ]
-    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return rebuild(state, parts)
 
 
 def map_leaves(function: Callable[[str, Any], Any], state: Any) -> Any:
@@ -127,6 +127,37 @@ def snapshot(state: Any) -> Any:
     ([1.0, 1.0], [1.5, 1.5])
     """
     return map_leaves(lambda path, leaf: leaf.copy() if hasattr(leaf, "copy") else leaf, state)
+
+
+def skip_step(state: Any) -> Any:
+    """The state after a step that all ranks skip: as it was, but for the steps that it counts as skipped.
+
+    A type that counts anything else then says so by a method ``skip()``.
+    """
+    if hasattr(state, "skip"):
+        return state.skip()
+    if hasattr(state, "skipped"):
+        return state._replace(skipped=state.skipped + 1)
+    return map_parts(skip_step, state)
+
+
+def count_skipped(state: Any) -> int:
+    """The steps that all ranks have skipped, by the outermost parts of a state that count them."""
+    if hasattr(state, "skipped"):
+        return int(state.skipped)
+    return sum(map(count_skipped, state)) if isinstance(state, tuple) else 0
+
+
+def map_parts(function: Callable[..., Any], state: Any, *others: Any) -> Any:
+    """A state of the same form whose parts are ``function(part, …)`` of this one and of others like it."""
+    if not isinstance(state, tuple):
+        return state
+    return rebuild(state, [function(*each) for each in zip(state, *others, strict=True)])
+
+
+def rebuild(like: Any, values: list[Any]) -> Any:
+    """A tuple of the type of ``like``."""
+    return type(like)(*values) if hasattr(like, "_fields") else tuple(values)
 
 
 def scale_unsent(state: Any, factor: float) -> Any:

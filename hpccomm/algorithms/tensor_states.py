@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hpccomm.algorithms.reports import ExchangeReport
-from hpccomm.algorithms.states import RankChange, Vector, children_of
+from hpccomm.algorithms.states import RankChange, Vector, children_of, rebuild
 from hpccomm.errors import ArgumentError
 
 
@@ -87,11 +87,6 @@ def walk(
     if not count:
         return rebuild(whole, found)
     return [rebuild(whole, [each[k] for each in found]) for k in range(count)]
-
-
-def rebuild(like: Any, values: list[Any]) -> Any:
-    """A tuple of the type of ``like``."""
-    return type(like)(*values) if hasattr(like, "_fields") else tuple(values)
 
 
 def are_rows_of(parts: list[Any], whole: Any) -> bool:

@@ -156,7 +156,6 @@ def chain(*transforms: Transform) -> Chain:
         return tuple(each.init(weights) for each in transforms)
 
     def update(gradient: Vector, state: tuple[Any, ...], weights: Vector) -> tuple[Vector, tuple[Any, ...]]:
-        check_alike(gradient, weights)
         if not isinstance(state, tuple) or len(state) != len(transforms):
             given = f"{len(state)} states" if isinstance(state, tuple) else f"a {type(state).__name__}"
             raise ArgumentError(f"chain: {given} for {len(transforms)} transforms: {OWN_STATE}")
@@ -169,6 +168,14 @@ def chain(*transforms: Transform) -> Chain:
     joined = Chain(init, update, next((each.bucket for each in transforms if getattr(each, "bucket", None)), None))
     joined.terms = transforms
     return joined
+
+
+def restart(transform: Any, state: Any, weights: Vector, updates: int) -> Any:
+    """The state of ``init(weights)``, but that schedules go on: their states, numbers of updates, count more."""
+    if isinstance(transform, Chain):
+        pairs = zip(transform.terms, state, strict=True)
+        return tuple(restart(each, before, weights, updates) for each, before in pairs)
+    return state + updates if isinstance(state, int) else transform.init(weights)
 
 
 def stateless(step: Callable[[Vector, Vector], Vector]) -> Transform:
@@ -186,6 +193,7 @@ def scale(factor: float) -> Transform:
 
 def scale_by_schedule(schedule: Schedule) -> Transform:
     """Multiply by ``schedule(count)``; the state is the number of updates."""
+    require(callable(schedule), f"scale_by_schedule: schedule is {schedule!r}: pass a function of the update's count")
 
     def update(gradient: Vector, count: int, weights: Vector) -> tuple[Vector, int]:
         return round_like(gradient * float(schedule(count)), gradient.dtype), count + 1
@@ -206,10 +214,12 @@ def clip(max_norm: float) -> Transform:
     Squares are added in float64 in a fixed order, so equal gradients give equal bits on all ranks.  Place ``clip``
     after the exchange to bound the global gradient.  A gradient with a NaN is returned unchanged.
     """
-    require(max_norm > 0, f"clip: max_norm is {max_norm}: pass a positive number")
+    check_limit("clip: max_norm", max_norm)
 
     def clip_gradient(gradient: Vector, weights: Vector) -> Vector:
-        norm = math.sqrt(np.add.reduce(np.square(widen(gradient), dtype=np.float64)))
+        wide = widen(gradient)
+        squares = np.square(abs(wide) if wide.dtype.kind == "c" else wide, dtype=np.float64)
+        norm = math.sqrt(np.add.reduce(squares, axis=None))
         return round_like(gradient * (max_norm / norm), gradient.dtype) if norm > max_norm else gradient
 
     return stateless(clip_gradient)
@@ -221,7 +231,7 @@ def weight_decay(rate: float, where: npt.NDArray[np.bool_] | None = None) -> Tra
     Before ``momentum`` this is L2 regularisation; between ``adam`` and ``scale(-lr)`` it is the decoupled weight decay
     of AdamW (Loshchilov & Hutter, ICLR 2019).
     """
-    require(rate >= 0, f"weight_decay: rate is {rate}: pass 0 or more")
+    check_not_negative("weight_decay: rate", rate)
 
     def add_decay(gradient: Vector, weights: Vector) -> Vector:
         pull = float(rate) * widen(weights)
@@ -241,7 +251,7 @@ def momentum(beta: float, nesterov: bool = False) -> Term:
         moment = float(beta) * moment + gradient
         return round_like(gradient + float(beta) * moment if nesterov else moment, gradient.dtype), moment
 
-    return Term.of(Transform(zeros_to_add, update), "momentum", beta=beta, nesterov=nesterov)
+    return Term.of(Transform(zeros_to_add, update), "momentum", beta=beta, nesterov=bool(nesterov))
 
 
 class AdamState(NamedTuple):
@@ -259,7 +269,7 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, bias_correction:
     """
     check_decay("adam: b1", b1)
     check_decay("adam: b2", b2)
-    require(eps >= 0, f"adam: eps is {eps}: pass 0 or more")
+    check_not_negative("adam: eps", eps)
 
     def init(weights: Vector) -> AdamState:
         return AdamState(0, zeros_to_add(weights), zeros_to_add(weights))
@@ -371,18 +381,10 @@ def check_shape(who: str, vector: Vector, weights: Vector) -> None:
 OWN_STATE = "pass the state that init, or the last update, of this method returned"
 
 
-def check_alike(gradient: Vector, weights: Vector) -> None:
-    """Raise unless shapes and dtypes are equal: broadcasting or a cast would hide a mistake."""
-    if gradient.shape != weights.shape or gradient.dtype != weights.dtype:
-        raise ArgumentError(
-            f"the gradient is {gradient.dtype} of shape {gradient.shape}, the weights {weights.dtype} "
-            f"of shape {weights.shape}: make them alike, e.g. with hpccomm.Bucket and astype"
-        )
-
-
 def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
     """Raise for a value that is none of the known ones."""
-    require(value in known, f"{name} is {value!r}: pass one of {', '.join(map(repr, known))}")
+    fits = not isinstance(value, np.ndarray) and value in known
+    require(fits, f"{name} is {value!r}: pass one of {', '.join(map(repr, known))}")
 
 
 def check_transform(who: str, given: Any) -> None:
@@ -397,8 +399,23 @@ def is_number(given: Any) -> bool:
 
 
 def check_number(name: str, given: Any) -> None:
-    """Raise for what is no number."""
-    require(is_number(given), f"{name} is {given!r}: pass a number")
+    """Raise for what is no finite number."""
+    require(is_number(given) and math.isfinite(given), f"{name} is {given!r}: pass a number")
+
+
+def check_positive(name: str, given: Any, advice: str = "pass a positive number") -> None:
+    """Raise for what is no number above 0."""
+    require(is_number(given) and 0 < given < math.inf, f"{name} is {given!r}: {advice}")
+
+
+def check_limit(name: str, given: Any, advice: str = "pass a positive number") -> None:
+    """Raise for what is no number above 0, or infinity, a limit that never binds."""
+    require(is_number(given) and given > 0, f"{name} is {given!r}: {advice}")
+
+
+def check_not_negative(name: str, given: Any) -> None:
+    """Raise for what is no number from 0 on."""
+    require(is_number(given) and 0 <= given < math.inf, f"{name} is {given!r}: pass 0 or more")
 
 
 def check_count(name: str, given: Any, least: int) -> None:
@@ -407,13 +424,19 @@ def check_count(name: str, given: Any, least: int) -> None:
     require(whole and given >= least, f"{name} is {given!r}: pass a whole number, {least} or more")
 
 
+def check_seed(name: str, given: Any) -> None:
+    """Raise for a seed that is no whole number."""
+    require(isinstance(given, int | np.integer), f"{name}: seed is {given!r}: pass a whole number")
+
+
 def check_rate(name: str, rate: float | Schedule) -> None:
     """Raise for a learning rate below 0: every optimizer takes a positive rate, and its step descends."""
     require(
         callable(rate) or is_number(rate), f"{name} is {rate!r}: pass a number, or a function of the update's count"
     )
     if not callable(rate):
-        require(rate >= 0, f"{name} is {rate}: pass a positive rate, the step descends by itself")
+        fits = 0 <= rate < math.inf
+        require(fits, f"{name} is {rate}: pass a positive rate, the step descends by itself")
 
 
 def check_decay(name: str, value: float) -> None:

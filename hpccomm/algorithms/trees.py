@@ -1,6 +1,6 @@
 """Trees: tensors of any library, alone or in dicts, lists and tuples, seen as the one vector that a method works on.
 
-*A leaf is an array on the host of any library that* :func:`hpccomm.arrays.borrow` *reads; a path names it:*
+*A leaf is an array of any library that* :func:`hpccomm.arrays.view_array` *reads; a path names it:*
 ``layer.w``.  NumPy's and CuPy's arrays are no trees, methods take them as they are.  For everything else
 the functions of this module flatten weights and gradients to one vector, leaf after leaf in the order of the weights,
 or of the method's bucket where it has one, and give the step back in the form and library of the weights.  A single
@@ -16,7 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.exact_steps import exact_step, exact_tensor
-from hpccomm.arrays import borrow, convert_like, is_on_device, to_torch
+from hpccomm.arrays import (
+    borrow,
+    check_array,
+    convert_like,
+    is_bfloat16,
+    is_on_device,
+    library_of,
+    to_torch,
+    view_array,
+)
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 
@@ -74,7 +83,8 @@ class TreeLayout:
         if len(arrays) < len(found):
             twice = sorted({name for name, _ in found if [other for other, _ in found].count(name) > 1})
             raise ArgumentError(f"two of the weights are called {', '.join(twice)}: rename the keys of the tree")
-        names = list(arrays) if bucket is None else [entry.name for entry in bucket.table]
+        by_tensor = bucket is not None and list(arrays) != [""]  # else the bucket's vector, in another library
+        names = [entry.name for entry in bucket.table] if bucket is not None and by_tensor else list(arrays)
         check_names("weights", arrays, names)
         self.like = weights
         self.bucket = Bucket({name: arrays[name] for name in names})
@@ -84,7 +94,7 @@ class TreeLayout:
         leaves = dict(tree_leaves(tree))
         check_names(what, leaves, [entry.name for entry in self.bucket.table])
         if len(leaves) == 1:
-            array, _ = borrow(next(iter(leaves.values())), f"the {what}")
+            array, _ = view_array(next(iter(leaves.values())), f"the {what}")
             if array.shape == (self.bucket.size,) and array.dtype == self.bucket.dtype and array.flags.c_contiguous:
                 return array
         return self.bucket.flatten(leaves)
@@ -93,12 +103,15 @@ class TreeLayout:
         """A vector in the form and library of the weights; an exact step has exact steps as leaves."""
         target = getattr(vector, "target", None)
         convert = convert_leaf if target is None else step_leaf
-        views = self.bucket.views(np.ascontiguousarray(vector if target is None else target, self.bucket.dtype))
+        whole = vector if target is None else target
+        views = self.bucket.views(library_of(whole).ascontiguousarray(whole, self.bucket.dtype))
         return rebuild_tree(self.like, lambda name, leaf: convert(views[name], leaf))
 
 
 def convert_leaf(array: npt.NDArray[Any], like: Any) -> Any:
     """An array as one of ``like``'s library; libraries whose arrays cannot be written get memory of their own."""
+    if is_on_device(array):
+        return view_array(like)[1](array)
     array, back = np.asarray(array), borrow(like)[1]
     return back(array if back is to_torch or isinstance(like, np.ndarray) else array.copy())
 
@@ -143,16 +156,48 @@ class StateKind:
         )
 
 
+def check_weights(weights: Vector, bucket: Bucket | None) -> Vector:
+    """The weights; raises for those that are no floating-point numbers, or have another byte order or shape."""
+    array = check_array(weights, "the weights") if isinstance(weights, np.ndarray) else weights
+    if array.dtype.kind not in "fc" and not is_bfloat16(array.dtype):
+        raise ArgumentError(f"the weights are {array.dtype}: pass floating-point numbers, x.astype('f4')")
+    if bucket is not None and array.shape != (bucket.size,):
+        found = f"the weights have shape {array.shape}, the bucket's part ({bucket.size},)"
+        raise ArgumentError(f"{found}: pass a vector of the bucket's size")
+    return weights
+
+
+def read_gradient(gradient: Any, weights: Vector) -> Vector:
+    """A gradient of any library beside weights that are one array; raises unless it is like them."""
+    if type(gradient) is not np.ndarray:
+        if is_branch(gradient):
+            raise ArgumentError(f"the gradient is a {type(gradient).__name__}, the weights one array: {ALIKE}")
+        gradient, _ = view_array(gradient, "the gradient")
+        if isinstance(gradient, np.ndarray) != isinstance(weights, np.ndarray):
+            raise ArgumentError("one of gradient and weights lies on a device, the other on the host: move them there")
+    check_alike(gradient, weights)
+    return gradient  # type: ignore[no-any-return]
+
+
+def check_alike(gradient: Vector, weights: Vector) -> None:
+    """Raise unless shapes and dtypes are equal: broadcasting or a cast would hide a mistake."""
+    if gradient.shape != weights.shape or gradient.dtype != weights.dtype:
+        raise ArgumentError(
+            f"the gradient is {gradient.dtype} of shape {gradient.shape}, the weights {weights.dtype} "
+            f"of shape {weights.shape}: make them alike, e.g. with hpccomm.Bucket and astype"
+        )
+
+
 def init_for_trees(init: Callable[[Vector], Any], bucket: Bucket | None, kind: StateKind) -> Callable[[Tree], Any]:
     """``init(weights)`` for weights of any form."""
     init = getattr(init, "for_vectors", init)
 
     def init_any(weights: Tree) -> Any:
         if not is_tree(weights):
-            return kind.note(init(weights))
+            return kind.note(init(check_weights(weights, bucket)))
         if is_on_device(weights):
             return kind.note(init(as_cupy(weights)))
-        return kind.note(init(TreeLayout(weights, bucket).flatten(weights, "weights")))
+        return kind.note(init(check_weights(TreeLayout(weights, bucket).flatten(weights, "weights"), bucket)))
 
     init_any.for_vectors = init  # type: ignore[attr-defined]
     return init_any
@@ -167,9 +212,7 @@ def update_for_trees(
     def update_any(gradient: Tree, state: Any, weights: Tree) -> tuple[Tree, Any]:
         kind.check(state)
         if not is_tree(weights):
-            if is_branch(gradient):
-                raise ArgumentError(f"the gradient is a {type(gradient).__name__}, the weights one array: {ALIKE}")
-            return update(gradient, state, weights)
+            return update(read_gradient(gradient, weights), state, weights)
         if is_on_device(weights):
             step, state = update(as_cupy(gradient), state, as_cupy(weights))
             return convert_like(step.reshape(weights.shape), weights), state
@@ -245,6 +288,4 @@ def as_cupy(tensor: Any) -> Any:
     Kernels run on CuPy's current stream.  DLPack makes that stream wait for the other library's when a tensor is passed
     in, and the other one wait for CuPy's when the step is returned.
     """
-    import cupy
-
-    return cupy.from_dlpack(tensor.detach() if hasattr(tensor, "detach") else tensor).reshape(-1)
+    return view_array(tensor)[0].reshape(-1)

@@ -23,7 +23,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.transforms import Chain, Schedule, Term, Transform, Vector, check_alike, require
+from hpccomm.algorithms.transforms import (
+    Chain,
+    Schedule,
+    Term,
+    Transform,
+    Vector,
+    check_limit,
+    check_not_negative,
+    check_positive,
+    is_number,
+    require,
+)
+from hpccomm.algorithms.trees import check_alike
 from hpccomm.arrays import is_on_device
 from hpccomm.buckets import Bucket, TensorEntry
 from hpccomm.errors import ArgumentError
@@ -33,6 +45,8 @@ from hpccomm.kernels.optimizers.reference import GRADIENT
 NormReduce = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
 """Sums of squares of this rank's shards → those of the whole tensors, the same bits on all ranks with shards."""
 
+LARGEST_RATIO = float(np.finfo(np.float32).max)
+"""The norm of a gradient may be too small for its inverse in float32."""
 CACHE_ELEMENTS = 1 << 18
 """Elements of small tensors that pass through the cache as one group."""
 
@@ -82,7 +96,7 @@ def scale_by_global_norm(
         grad_norm in ("none", "clip", "normalise"),
         f"scale_by_global_norm: grad_norm is {grad_norm!r}: pass 'none', 'clip' or 'normalise'",
     )
-    require(max_norm > 0, f"scale_by_global_norm: max_norm is {max_norm}: pass a positive number")
+    check_limit("scale_by_global_norm: max_norm", max_norm)
 
     def update(gradient: Vector, state: tuple[()], weights: Vector) -> tuple[Vector, tuple[()]]:
         return gradient * gradient.dtype.type(shrink(grad_norm, max_norm, gradient, norm_reduce)), state
@@ -93,7 +107,7 @@ def scale_by_global_norm(
 
 def add_decayed_weights(rate: float, tensors: Bucket | Layers) -> Term:
     """Add ``rate * weights`` in the tensors that decay; :func:`~hpccomm.weight_decay` takes a mask of elements."""
-    require(rate >= 0, f"add_decayed_weights: rate is {rate}: pass 0 or more")
+    check_not_negative("add_decayed_weights: rate", rate)
     here = tensors if isinstance(tensors, Layers) else layers("add_decayed_weights", tensors)
 
     def update(gradient: Vector, state: tuple[()], weights: Vector) -> tuple[Vector, tuple[()]]:
@@ -138,8 +152,8 @@ def scale_by_trust_ratio(
     [0.5, 0.5, 0.5, 0.5]
     """
     here = tensors if isinstance(tensors, Layers) else layers("scale_by_trust_ratio", tensors)
-    require(trust > 0, f"scale_by_trust_ratio: trust is {trust}: pass a positive number")
-    require(eps >= 0, f"scale_by_trust_ratio: eps is {eps}: pass 0 or more")
+    check_positive("scale_by_trust_ratio: trust", trust)
+    check_not_negative("scale_by_trust_ratio: eps", eps)
     check_range("scale_by_trust_ratio: ratio_clip", ratio_clip)
     check_range("scale_by_trust_ratio: weight_clip", weight_clip)
     rate = None if inner is None else decay_rate(inner)
@@ -195,7 +209,7 @@ class TrustRatio(NamedTuple):
             ratio = self.trust * size / (norm[:, 1] + decay + self.eps)
             if self.lr is not None:
                 ratio = np.minimum(ratio / gamma, 1)
-        ratio = guard_zero_norms(norm, ratio)
+        ratio = np.minimum(guard_zero_norms(norm, ratio), LARGEST_RATIO)
         return np.where(rows.adapt, ratio if self.ratio_clip is None else np.clip(ratio, *self.ratio_clip), 1.0)
 
 
@@ -206,7 +220,9 @@ def learning_rate(lr: float | Schedule, updates: float) -> float:
 
 def check_range(name: str, given: tuple[float, float] | None) -> None:
     """Raise unless it is None or (low, high)."""
-    require(given is None or 0 <= given[0] <= given[1], f"{name} is {given}: pass (low, high), 0 <= low <= high")
+    pair = isinstance(given, tuple | list) and len(given) == 2 and all(map(is_number, given))
+    fits = given is None or (pair and 0 <= given[0] <= given[1])
+    require(fits, f"{name} is {given}: pass (low, high), 0 <= low <= high")
 
 
 def layers(
@@ -217,6 +233,9 @@ def layers(
     adapt: Collection[str] | str = "flags",
 ) -> Layers:
     """The layout of elements [lo, hi) of the bucket's vector; elements beyond its end are padding."""
+    require(isinstance(bucket, Bucket), f"{who}: the tensors are {bucket!r}: pass a hpccomm.Bucket")
+    pair = part is None or (isinstance(part, tuple | list) and len(part) == 2)
+    require(pair, f"{who}: part is {part!r}: pass (lo, hi) with 0 <= lo <= hi")
     lo, hi = part or (0, bucket.size)
     require(0 <= lo <= hi, f"{who}: part is {part}: pass (lo, hi) with 0 <= lo <= hi")
     decays = select_tensors(who, "decay", bucket, decay, [slot.decay for slot in bucket.table])
@@ -243,6 +262,10 @@ def select_tensors(who: str, what: str, bucket: Bucket, names: Collection[str] |
             f"{who}: {what} is {names!r}: pass 'flags', 'all', 'decayed', or a list of tensors' names",
         )
         return [True] * len(flags) if names == "all" else flags
+    require(
+        isinstance(names, Collection) and all(isinstance(each, str) for each in names),
+        f"{who}: {what} is {names!r}: pass 'flags', 'all', 'decayed', or a list of tensors' names",
+    )
     unknown = sorted(set(names) - {slot.name for slot in bucket.table})
     require(not unknown, f"{who}: {what} names {', '.join(unknown)}, which are not in the bucket: use its names")
     return [slot.name in names for slot in bucket.table]
@@ -312,7 +335,7 @@ def guard_zero_norms(norm: npt.NDArray[np.float64], ratio: npt.NDArray[np.float6
 
 def global_norm(gradient: Vector, reduce: NormReduce | None) -> float:
     """‖g‖ of the whole vector (collective where ranks hold shards)."""
-    squares = np.array([kernel("sum_of_squares", gradient)(gradient)])
+    squares = np.array([kernel("sum_of_squares", gradient)(to_contiguous(gradient))])
     return math.sqrt(float((squares if reduce is None else reduce(squares))[0]))
 
 

@@ -9,9 +9,10 @@ import socket
 import numpy as np
 
 from hpccomm.algorithms.compression.format import check_density
-from hpccomm.algorithms.sharded.cost import STATE_BYTES, Job, Shape, link_volume, step_cost
+from hpccomm.algorithms.sharded.cost import STATE_BYTES, Codes, Job, Shape, link_volume, step_cost
 from hpccomm.algorithms.sharded.groups import check_placement, smallest_partition
 from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.compressed.two_phase import CODES
 from hpccomm.errors import ArgumentError, LaunchError
 from hpccomm.launcher import library
 from hpccomm.layout import Link
@@ -59,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--partition-size", type=int, metavar="P", help="partition size of mics (default: the smallest that fits)")
     add("--memory", default="40G", metavar="SIZE", help="memory of a rank (default 40G)")
     add("--working", default="10G", metavar="SIZE", help="part of it that model states cannot use (default 10G)")
+    add("--weight-code", choices=CODES, help="ZeRO++: gather parameters in this code (qwZ)")
+    add("--gradient-code", choices=CODES, help="ZeRO++: reduce gradients in this code (qgZ)")
+    add("--secondary-shard", action="store_true", help="ZeRO++: gather outside the node once in a step (hpZ)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
             raise ArgumentError(
                 f"--density with {args.collective}: compressed exchanges are priced for allreduce only: leave it out"
             )
+    given = [name for name in ("weight_code", "gradient_code", "secondary_shard") if getattr(args, name)]
+    if given and args.collective not in STEPS:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ArgumentError(f"{flags} with {args.collective}: these are for mics and zero3: leave them out")
     if args.collective in STEPS:
         return print_steps(args)
     nbytes, machine = size_of(args.bytes), machine_of(args)
@@ -91,8 +99,11 @@ def print_compressed(args: argparse.Namespace, nbytes: float, machine: Machine) 
     print(f"# compressed: {args.density:g} of the float32 elements, or one bit of each; messages only, no computing")
     for each in sparse_cost.predictions(args.nodes, args.per_node, nbytes, args.density, machine):
         print(line(each))
+    for method, (_, width) in sparse_cost.MESSAGES.items():
+        path = sparse_cost.choose_row(args.nodes, args.per_node, nbytes, args.density, width, machine)
+        print(f'# {method}, exchange="auto": {path.algorithm}, {format_time(path.us)}')
     even = sparse_cost.break_even(args.nodes, args.per_node, nbytes, machine)
-    print(f"# at density {even:.2g} the sparse exchange is as fast as the fastest dense allreduce")
+    print(f"# at density {even:.2g} the sparse exchange is as fast as a dense allreduce")
 
 
 def print_steps(args: argparse.Namespace) -> int:
@@ -102,7 +113,8 @@ def print_steps(args: argparse.Namespace) -> int:
             raise ArgumentError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
     parameters, machine, k = parameters_of(args.model), machine_of(args), args.per_node
     forward = 2e6 * parameters / args.layers * args.tokens / size_of(args.flops)
-    job = Job(parameters, args.layers, args.micro_steps, forward)
+    codes = Codes(args.weight_code, args.gradient_code, args.secondary_shard)
+    job = Job(parameters, args.layers, args.micro_steps, forward, codes=codes)
     last = shape_for(args, args.nodes * k)
     states = format_size(STATE_BYTES * parameters / last.partition)
     micro_steps, tokens = format_count(args.micro_steps, "micro-step"), format_count(args.tokens, "token")
@@ -111,6 +123,7 @@ def print_steps(args: argparse.Namespace) -> int:
         f"a copy on {format_count(last.partition, 'rank')}: {states} of model states a rank\n"
         f"# {micro_steps} of {tokens} a rank at {size_of(args.flops) / 1e12:g} TFLOPS, "
         "the forward pass is computed again in the backward pass\n"
+        f"{describe_codes(codes)}"
         f"# {links(machine)}; from: {machine.source}"
     )
     titles = ("nodes", "step", "computing", "gathers", "first hop", "second hop", "link, GB", "tokens/s", "scaling")
@@ -122,13 +135,22 @@ def print_steps(args: argparse.Namespace) -> int:
             continue
         cost = step_cost(job, shape, machine)
         first = first or cost.step
-        volume = link_volume(shape, args.micro_steps)
+        volume = link_volume(shape, args.micro_steps, codes, job.word)
         sent = parameters * (job.word * (volume.gathers + volume.first) + job.shard_word * volume.second)
         tokens = 1e6 * shape.ranks * args.micro_steps * args.tokens / cost.step
         cells = [format_time(each) for each in cost]
         cells += [f"{sent / 1e9:.4g}", f"{tokens:,.0f}", f"{first / cost.step:.1%}"]
         print(f"{nodes:<8}" + "".join(f"{cell:>12}" for cell in cells))
     return 0
+
+
+def describe_codes(codes: Codes) -> str:
+    """A line about what ZeRO++ sends, if it is used."""
+    parts = [
+        f"{what} in {code}" for what, code in (("parameters", codes.weight), ("gradients", codes.gradient)) if code
+    ]
+    parts += ["one gather of a unit in a step between nodes"] * codes.secondary
+    return f"# ZeRO++: {', '.join(parts)}; messages only, no coding\n" if parts else ""
 
 
 def shape_for(args: argparse.Namespace, ranks: int) -> Shape:

@@ -1,36 +1,55 @@
-"""Prices exchanges of compressed gradients on a machine, for comparison with dense allreduces of the same vector.
+"""Predicted times of exchanges of compressed gradients, for comparison with dense allreduces of the same vector.
 
-*N nodes of k ranks, p = N·k; n float32 elements; d density; links as in* :mod:`hpccomm.performance.cost`.  Only
-messages are priced, not selection, packing and addition on the ranks.  What an exchange sends is what ``auto`` prices
-at run time, on one link (:func:`~hpccomm.collectives.compressed.sparse.phases`).
+*N nodes of k ranks, p = N·k; n float32 elements; d density; links as in* :mod:`hpccomm.performance.cost`.  What an
+exchange sends and costs is :mod:`hpccomm.collectives.compressed.prices`, by which ``exchange="auto"`` chooses:
 
-====================  =====================================================================  ===========================
-exchange              messages                                                               bytes into a node
-====================  =====================================================================  ===========================
-``sparse``            allgather of indices and values: DGC, top-k                            8dn for each remote rank
-``words``             allgather of words: GTC                                                4dn for each remote rank
-``split``             SparCML: a block of the indices to each rank, sums of blocks to all    8dn(p-k)k/p, and the sums
-``onebit``            allgather of signs: 1-bit SGD                                          n/8 for each remote rank
-``onebit_phases``     a block of signs to each rank, signs of the means to all: 1-bit Adam   n/4 k(p-k)/p at best
-====================  =====================================================================  ===========================
+======================  =================================================================  ============================
+exchange                messages                                                           bytes into a node
+======================  =================================================================  ============================
+``sparse``              allgather of indices and values: DGC, top-k                        8dn for each remote rank
+``words``               allgather of words: GTC                                            4dn for each remote rank
+``recursive_doubling``  SparCML: sums of two ranks, of four, …                             8dn k, 16dn k, … to 4nk
+``split``               SparCML: a block of the indices to each rank, sums of blocks to    8dn(p-k)k/p, and the sums
+                        all
+``onebit``              allgather of signs: 1-bit SGD                                      n/8 for each remote rank
+``onebit_phases``       a block of signs to each rank, signs of the means to all: 1-bit    n/4 k(p-k)/p at best
+                        Adam
+``int8``, ``mx``, …     likewise in blocks of 8 or 4 bits: ``block_mean``                  2n k(p-k)/p at best
+``node``                messages are added inside the nodes, the sums between first ranks  as ``split`` or ``sparse`` on
+                                                                                           first ranks
+======================  =================================================================  ============================
 
-In a flat allgather each rank of a node receives its own copy of a message; in a hierarchical one it enters a node once.
-``+ node``: dense inside the nodes, compressed between them
-(:func:`~hpccomm.collectives.compressed.sparse.hierarchical_allreduce`).
+In an allgather a message enters a node once.  ``+ node``: dense inside the nodes, compressed between their first ranks
+(``exchange="leaders"``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 
-from hpccomm.collectives.compressed.sparse import Phase, phases
-from hpccomm.performance.cost import Prediction, bus_factor, predict, prediction, wire_limit
+from hpccomm.collectives.compressed.prices import (
+    Phase,
+    Place,
+    cheapest,
+    exact_phases,
+    inside_and_between,
+    path_phases,
+    price_phases,
+)
+from hpccomm.collectives.compressed.two_phase import CODES
+from hpccomm.performance.cost import Prediction, bus_factor, wire_limit
 from hpccomm.performance.machine import Machine
 
 HEADERS = 48
 """Bytes of the header and the lengths of a message."""
+MESSAGES = {"DGC": ("sparse", 8), "GTC": ("words", 4)}
+"""The row of a method's messages, and the bytes of an element in them."""
+
+
+def place_on(nodes: int, per_node: int, machine: Machine) -> Place:
+    """The ranks on a machine."""
+    return Place(nodes, per_node, machine.intra, machine.inter, machine.gamma)
 
 
 def predictions(
@@ -47,72 +66,77 @@ def predictions(
     return sorted(found, key=lambda each: each.us)
 
 
+def flat_phases(n: float, density: float, place: Place) -> dict[str, list[Phase]]:
+    """What is sent where every rank compresses its own vector."""
+    exact, p = exact_phases(n, density * n, place), place.ranks
+
+    def two_phases(nbytes: float) -> list[Phase]:
+        return [Phase("alltoall", nbytes), Phase("allgather", nbytes)]
+
+    found = {
+        "sparse": exact["allgather"],
+        "words": [Phase("allgather", 4 * density * n, sums=True)],
+        "recursive_doubling": exact["recursive_doubling"],
+        "split": exact["split"],
+        "onebit": [Phase("allgather", n / 8, sums=True)],
+        "onebit_phases": two_phases(n / 8 / p),
+        **{name: two_phases(code.nbytes(math.ceil(n / p))) for name, code in CODES.items()},
+    }
+    return {name: [each._replace(nbytes=HEADERS + each.nbytes) for each in phases] for name, phases in found.items()}
+
+
+def rows(exchanges: Mapping[str, list[Phase]], nbytes: float, place: Place, machine: Machine) -> Iterator[Prediction]:
+    """The predictions for some exchanges, with the bandwidths of a dense allreduce of as many bytes."""
+    limit = wire_limit("allreduce", place.nodes, place.per_node, nbytes, machine)
+    for name, phases in exchanges.items():
+        us, rounds = price_phases(phases, place)
+        algbw = nbytes / us / 1e3 if us else 0.0
+        busbw = algbw * bus_factor("allreduce", place.ranks)
+        yield Prediction(name, us, rounds, 1, algbw, busbw, limit / us if us else 1.0)
+
+
 def flat_predictions(
     nodes: int, per_node: int, nbytes: float, density: float, machine: Machine
 ) -> Iterator[Prediction]:
     """The exchanges in which every rank compresses its own vector."""
-    n, p = nbytes / 4, nodes * per_node
-    row = partial(exchange_prediction, nodes, per_node, nbytes, machine)
-
-    sparse = phases(n, density * n, p, 4, 8)
-    ways = {
-        "sparse": sparse["allgather"],
-        "words": [Phase("allgather", 4 * density * n)],
-        "split": sparse["split"],
-        "onebit": [Phase("allgather", n / 8)],
-        "onebit_phases": [Phase("alltoall", n / 8 / p), Phase("allgather", n / 8 / p)],
-    }
-    for name, steps in ways.items():
-        costs = [COSTS[each.collective](nodes, per_node, HEADERS + each.nbytes, machine) for each in steps]
-        yield row(name, sum(us for us, _ in costs), sum(rounds for _, rounds in costs))
-
-
-def exchange_prediction(
-    nodes: int, per_node: int, nbytes: float, machine: Machine, name: str, us: float, rounds: int
-) -> Prediction:
-    """The prediction for an exchange, with the bandwidths of a dense allreduce of as many bytes."""
-    algbw = nbytes / us / 1e3 if us else 0.0
-    limit = wire_limit("allreduce", nodes, per_node, nbytes, machine)
-    busbw = algbw * bus_factor("allreduce", nodes * per_node)
-    return Prediction(name, us, rounds, 1, algbw, busbw, limit / us if us else 1.0)
+    place = place_on(nodes, per_node, machine)
+    return rows(flat_phases(nbytes / 4, density, place), nbytes, place, machine)
 
 
 def two_level_predictions(
     nodes: int, per_node: int, nbytes: float, density: float, machine: Machine
 ) -> Iterator[Prediction]:
-    """The exchanges between the first ranks of nodes, after a dense reduce and before a broadcast inside the nodes."""
-    inside = sum(
-        min(prediction(name, what, 1, per_node, nbytes, machine).us for name in ("tree", "chain"))
-        for what in ("reduce", "bcast")
-    )
-    for each in flat_predictions(nodes, 1, nbytes, density, machine):
-        name, rounds = f"{each.algorithm} + node", each.rounds + 2
-        yield exchange_prediction(nodes, per_node, nbytes, machine, name, each.us + inside, rounds)
+    """The exchanges between the first ranks of nodes, after a dense sum and before a broadcast inside the nodes."""
+    place, n = place_on(nodes, per_node, machine), nbytes / 4
+    between = flat_phases(n, density, place_on(nodes, 1, machine))
+    found = {f"{name} + node": inside_and_between(n, phases) for name, phases in between.items()}
+    found["node"] = path_phases(n, density * n, 8 * density * n, place)["node"]
+    return rows(found, nbytes, place, machine)
 
 
-def allgather_cost(nodes: int, per_node: int, each: float, machine: Machine) -> tuple[float, int]:
-    """Microseconds and rounds of an allgather of ``each`` bytes a rank."""
-    best = predict("allgather", nodes, per_node, nodes * per_node * each, machine)[0]
-    return best.us, best.rounds
-
-
-def alltoall_cost(nodes: int, per_node: int, each: float, machine: Machine) -> tuple[float, int]:
-    """Microseconds and rounds of an all-to-all of ``each`` bytes a message, one message after the other."""
-    p = nodes * per_node
-    link, crossing = (machine.inter, per_node * (p - per_node)) if nodes > 1 else (machine.intra, p - 1)
-    return (p - 1) * link.alpha + crossing * each * link.beta, p - 1
-
-
-COSTS = {"allgather": allgather_cost, "alltoall": alltoall_cost}
+def choose_row(
+    nodes: int, per_node: int, nbytes: float, density: float, element_bytes: float, machine: Machine
+) -> Prediction:
+    """The path that ``exchange="auto"`` takes for such messages, with its predicted time."""
+    place, n = place_on(nodes, per_node, machine), nbytes / 4
+    paths = path_phases(n, density * n, HEADERS + element_bytes * density * n, place)
+    name = cheapest(paths, place)
+    return next(rows({name: paths[name]}, nbytes, place, machine))
 
 
 def dense_cost(nodes: int, per_node: int, nbytes: float, machine: Machine) -> float:
-    """Microseconds of the best dense allreduce."""
-    return predict("allreduce", nodes, per_node, nbytes, machine)[0].us
+    """Microseconds of a dense allreduce."""
+    return price_phases([Phase("allreduce", nbytes)], place_on(nodes, per_node, machine)).us
+
+
+def price_sparse(nodes: int, per_node: int, nbytes: float, density: float, machine: Machine) -> float:
+    """Microseconds of an allgather of indices and values."""
+    phase = Phase("allgather", HEADERS + 2 * density * nbytes, sums=True)
+    return price_phases([phase], place_on(nodes, per_node, machine)).us
 
 
 def break_even(nodes: int, per_node: int, nbytes: float, machine: Machine | None = None) -> float:
-    """The density at which ``sparse`` takes as long as the best dense allreduce: 1 if it always pays, 0 if never.
+    """The density at which ``sparse`` takes as long as a dense allreduce: 1 if it always pays, 0 if never.
 
     It is about 1/p: there the 8dn(p-1) bytes of an allgather equal the 8n(p-1)/p of a ring.
     """
@@ -120,7 +144,7 @@ def break_even(nodes: int, per_node: int, nbytes: float, machine: Machine | None
     limit = dense_cost(nodes, per_node, nbytes, machine)
 
     def pays(density: float) -> bool:
-        return allgather_cost(nodes, per_node, HEADERS + 2 * density * nbytes, machine)[0] <= limit
+        return price_sparse(nodes, per_node, nbytes, density, machine) <= limit
 
     low, high = 4 / nbytes, 1.0
     if pays(high):

@@ -20,7 +20,8 @@ from mpi4py import MPI
 
 from hpccomm.calls.operations import combiner, name_of
 from hpccomm.errors import MismatchError
-from hpccomm.layout import ETHERNET, SHARED_MEMORY, Layout, Link
+from hpccomm.layout import Layout
+from hpccomm.performance.machine import Machine
 
 IN_PLACE = MPI.IN_PLACE
 SWITCH_SECONDS = 5e-4
@@ -115,10 +116,8 @@ class ThreadCommunicator:
         known = sorted(set(self.group.nodes))
         return Layout(np.array([known.index(each) for each in self.group.nodes]), tuple(f"node{n}" for n in known))
 
-    @property
-    def link(self) -> Link:
-        """The link whose costs messages between these ranks have."""
-        return SHARED_MEMORY if self.layout.count == 1 else ETHERNET
+    machine = Machine()
+    """The links whose costs messages between these ranks have."""
 
     @property
     def intra_node(self) -> ThreadCommunicator:

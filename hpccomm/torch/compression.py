@@ -70,7 +70,9 @@ class Compression:
         failed = self.exchange.failure
         for given in list(self._waiting):
             for name in given.missing & bucket.weights.keys():
-                if not failed:
+                if self.exchange.skips:
+                    given.gradients[name].fill_(torch.nan)  # as in DDP's own mean: GradScaler then skips the step
+                elif not failed:
                     given.gradients[name].copy_(bucket.step[name])
                 given.missing.discard(name)
             if failed or not given.missing:

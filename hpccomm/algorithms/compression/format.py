@@ -577,5 +577,5 @@ def demand_finite(finite: bool, who: str) -> None:
 
 def check_density(density: float, who: str) -> None:
     """Raise for a density outside (0, 1]."""
-    if isinstance(density, str | None) or not 0 < density <= 1:
+    if not isinstance(density, int | float | np.number) or not 0 < density <= 1:
         raise ArgumentError(f"{who}: the density is {density!r}: pass a number above 0, at most 1")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.compression.format import Compressor, Kind, Message, demand_finite, message_of
+from hpccomm.algorithms.transforms import check_count, check_seed, require
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 from hpccomm.kernels.vectors.reference import Vector, key_of, uniforms
@@ -24,8 +25,10 @@ def low_rank(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> 
     form, whose factors are averaged by ordinary allreduces, is :func:`hpccomm.algorithms.power_sgd.powersgd`.
     """
     name = f"low_rank({rank})"
-    if rank < 1:
-        raise ArgumentError(f"{name}: pass a rank of 1 or more")
+    check_count(f"{name}: rank", rank, 1)
+    check_seed(name, seed)
+    fits = shape is None or (isinstance(shape, tuple | list) and len(shape) == 2)
+    require(fits, f"{name}: shape is {shape!r}: pass (rows, columns), or None")
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         demand_finite(kernels().all_finite(vector), name)

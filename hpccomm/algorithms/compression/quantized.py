@@ -31,6 +31,7 @@ from hpccomm.algorithms.compression.format import (
     message_of,
     narrow_values,
 )
+from hpccomm.algorithms.transforms import check_choice, check_count, check_positive, check_seed, require
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 from hpccomm.kernels.vectors.reference import Vector, key_of
@@ -50,8 +51,7 @@ def cast(dtype: Literal["fp16", "bf16", "int8", "uint8"]) -> Compressor:
     max\\|x\\|/127.  ``uint8``: 256 values from the least to the largest element (Bagua's MinMaxUInt8).
     """
     name = f"cast({dtype!r})"
-    if dtype not in CASTS:
-        raise ArgumentError(f"{name}: pass one of {', '.join(CASTS)}")
+    check_choice("cast: dtype", dtype, tuple(CASTS))
     narrow, kind = CASTS[dtype]
 
     def write(vector: Vector, step: int, last: Message) -> Message:
@@ -98,8 +98,9 @@ def ternary(clip: float | None = 2.5, seed: int = 0, scale: float | None = None)
     """
     name = "ternary()"
     for what, value in (("clip", clip), ("scale", scale)):
-        if value is not None and not value > 0:
-            raise ArgumentError(f"{name}: {what} is {value}: pass a positive number or None")
+        if value is not None:
+            check_positive(f"{name}: {what}", value, "pass a positive number or None")
+    check_seed(name, seed)
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         n = vector.size
@@ -154,10 +155,10 @@ def qsgd(levels: int = 127, bucket: int = 512, seed: int = 0) -> Compressor:
     elements.  Ranks round independently.
     """
     name = f"qsgd({levels}, bucket={bucket})"
-    if not 1 <= levels <= 127:
-        raise ArgumentError(f"{name}: pass 1 to 127 levels")
-    if bucket < 1:
-        raise ArgumentError(f"{name}: pass a bucket of 1 or more elements")
+    check_count(f"{name}: levels", levels, 1)
+    require(levels <= 127, f"{name}: pass 1 to 127 levels")
+    check_count(f"{name}: bucket", bucket, 1)
+    check_seed(name, seed)
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         demand_finite(kernels().all_finite(vector), name)
@@ -192,6 +193,8 @@ def natural(seed: int = 0) -> Compressor:
     Natural compression (Horváth et al., 2019).  Elements above 2^127 become 2^127.  Ranks round independently.
     """
     name = "natural()"
+
+    check_seed("natural()", seed)
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         demand_finite(kernels().all_finite(vector), name)

@@ -31,6 +31,7 @@ from hpccomm.algorithms.compression.format import (
     read_indices,
     widen_values,
 )
+from hpccomm.algorithms.transforms import check_seed
 from hpccomm.arrays import to_device_like, to_host
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
@@ -142,7 +143,7 @@ def topk(
     """
     name = f"topk({density})"
     check_density(density, name)
-    if values not in VALUES_BY_NAME or code not in ("auto", *CODES_BY_NAME):
+    if values not in tuple(VALUES_BY_NAME) or code not in ("auto", *CODES_BY_NAME):
         raise ArgumentError(
             f"{name}: values={values!r}, code={code!r}: pass one of {', '.join(VALUES_BY_NAME)} and one of auto, "
             f"{', '.join(CODES_BY_NAME)}"
@@ -206,6 +207,7 @@ def randomk(density: float, seed: int = 0) -> Compressor:
     """
     name = f"randomk({density})"
     check_density(density, name)
+    check_seed(name, seed)
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         demand_finite(kernels().all_finite(vector), name)

@@ -21,6 +21,7 @@ from hpccomm.algorithms.loss_scaling import LossScale
 from hpccomm.algorithms.sharded.units import ShardedModel, Unit, bounds
 from hpccomm.algorithms.states import leaves, map_leaves
 from hpccomm.algorithms.transforms import Vector
+from hpccomm.arrays import to_device_like, to_host, view_array
 from hpccomm.errors import ArgumentError
 from hpccomm.files import remove_parts, replace_file
 
@@ -50,15 +51,16 @@ def save_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel,
 
 def contents(states: ShardedModel) -> dict[str, Any]:
     """This rank's shards by name, a tuple of units each, and the numbers of the optimizer's state."""
-    found: dict[str, Any] = {"weights": split_by_unit(states, states.master)}
+    found: dict[str, Any] = {"weights": split_by_unit(states, to_host(states.master))}
     for path, leaf in leaves(states.state):
-        found[f"state:{path}"] = split_by_unit(states, leaf) if is_sharded(path, leaf, states) else leaf
+        host = to_host(leaf)
+        found[f"state:{path}"] = split_by_unit(states, host) if is_sharded(path, leaf, states) else host
     return found
 
 
 def is_sharded(path: str, leaf: Any, states: ShardedModel) -> bool:
     """Whether a leaf of the optimizer's state has one number for each weight; raises for other arrays."""
-    if not isinstance(leaf, np.ndarray) or leaf.ndim == 0:
+    if not getattr(leaf, "ndim", 0):
         return False
     if leaf.shape != states.master.shape:
         raise ArgumentError(f"the optimizer's {path} has shape {leaf.shape}, weights {states.master.shape}: save alone")
@@ -80,7 +82,7 @@ def load_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel)
     manifest = find_set(comm, folder, name, what)
     master, state = run_collectively(comm, what, lambda: read_states(where, manifest, states))
     note = manifest.note
-    states.master[...], states.state = master, state
+    states.master[...], states.state = to_device_like(master, states.master), state
     states.steps, states.loss_scale = note["steps"], LossScale(*note["loss_scale"])
     states.refresh()
     return dict(note)
@@ -107,7 +109,7 @@ def read_states(folder: Path, manifest: Manifest, states: ShardedModel) -> tuple
 
     def leaf(path: str, like: Any) -> Any:
         if is_sharded(path, like, states):
-            return vector(f"state:{path}").astype(like.dtype, copy=False)
+            return to_device_like(vector(f"state:{path}").astype(like.dtype, copy=False), like)
         value = entry(0, f"state:{path}")
         return value if isinstance(like, np.ndarray) else type(like)(value.item())
 
@@ -148,7 +150,8 @@ def write_export(target: Path, states: ShardedModel) -> None:
     try:
         remove_parts(target.parent)
         with replace_file(target) as file:
-            write_arrays(file, ((f"{unit}.{name}", each) for unit, tensors in units for name, each in tensors.items()))
+            tensors = ((f"{unit}.{name}", each) for unit, parts in units for name, each in parts.items())
+            write_arrays(file, ((name, to_host(view_array(each)[0])) for name, each in tensors))
     except BaseException:
         for _ in units:
             pass

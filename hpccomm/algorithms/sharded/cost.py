@@ -10,6 +10,8 @@ before; in the backward pass the reduction uses the same links as the gather, so
 
 Gathers are rings, inside a node at the node's rate; groups of whole nodes gather in two levels.  The second hop is a
 ring over the copies, all ranks of a node on its link at once: an upper bound where several copies lie on a node.
+Of ZeRO++ (:mod:`hpccomm.algorithms.sharded.quantized`) a code of weights makes gathers shorter, with secondary shards
+only the first gather of a step leaves the node, and coded gradients travel by all-to-all inside nodes and between them.
 
 Zhang et al., *MiCS*, VLDB 2022; Rajbhandari et al., *ZeRO*, SC 2020 (ZeRO-3 is one copy on all ranks, flat rings).
 """
@@ -22,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
+from hpccomm.collectives.compressed.prices import Phase, Place, price_phases
+from hpccomm.collectives.compressed.two_phase import CODES
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.layout import Link
 from hpccomm.performance.cost import price
@@ -52,6 +56,17 @@ class Shape(NamedTuple):
         return self.partition > self.per_node
 
 
+class Codes(NamedTuple):
+    """What ZeRO++ sends between nodes: the arguments of :class:`~hpccomm.algorithms.sharded.units.ShardedModel`."""
+
+    weight: str | None = None
+    gradient: str | None = None
+    secondary: bool = False
+
+
+NO_CODES = Codes()
+
+
 class Job(NamedTuple):
     """The training job."""
 
@@ -66,6 +81,7 @@ class Job(NamedTuple):
     """Bytes of a parameter and of its gradient on the wire, in the partition group."""
     shard_word: int = 4
     """Bytes of a gradient in the second hop."""
+    codes: Codes = NO_CODES
 
 
 class Cost(NamedTuple):
@@ -98,8 +114,10 @@ def rank_volume(shape: Shape, micro_steps: int) -> Volume:
     return Volume(2 * micro_steps * share, micro_steps * share, 2 * (copies - 1) / (copies * shape.partition))
 
 
-def link_volume(shape: Shape, micro_steps: int, *, flat_reduce: bool = False) -> Volume:
-    """Bytes through a node's link in each direction.
+def link_volume(
+    shape: Shape, micro_steps: int, codes: Codes = NO_CODES, word: int = 2, *, flat_reduce: bool = False
+) -> Volume:
+    """Bytes through a node's link in each direction; parameters have ``word`` bytes where no code is given.
 
     A gather or reduction takes (p-k)/p in two levels, (p-1)/p if flat, 0 inside nodes; hop two 2(R-1)/R · k/p.  With
     ``flat_reduce`` only gathers take two levels, as in the paper.
@@ -107,7 +125,15 @@ def link_volume(shape: Shape, micro_steps: int, *, flat_reduce: bool = False) ->
     p, k, copies, s = shape.partition, shape.per_node, shape.copies, micro_steps
     flat = (p - 1) / p if shape.crosses_nodes else 0.0
     two = (p - k) / p if shape.crosses_nodes and shape.two_levels else flat
-    return Volume(2 * s * two, s * (flat if flat_reduce else two), 2 * (copies - 1) / copies * k / p)
+    gathers = (1 if codes.secondary else 2 * s) * two * length(codes.weight, word)
+    reduces = (p - k) / p * length(codes.gradient, word) if codes.gradient and flat else flat if flat_reduce else two
+    return Volume(gathers, s * reduces, 2 * (copies - 1) / copies * k / p)
+
+
+def length(code: str | None, word: int) -> float:
+    """The bytes of a coded parameter, in multiples of ``word``."""
+    elements = 1 << 20
+    return CODES[code].nbytes(elements) / (elements * word) if code else 1.0
 
 
 def gather_us(shape: Shape, nbytes: float, machine: Machine) -> float:
@@ -118,6 +144,20 @@ def gather_us(shape: Shape, nbytes: float, machine: Machine) -> float:
 def reduce_us(shape: Shape, nbytes: float, machine: Machine) -> float:
     """Time to reduce-scatter one unit."""
     return group_us(RING["reduce_scatter"], hierarchical.build_reduce_scatter, shape, nbytes, machine)
+
+
+def price_coded_reduce(shape: Shape, nbytes: float, machine: Machine) -> float:
+    """Time to reduce-scatter one unit of ``nbytes`` as coded: rows for the local ranks, then those for the nodes."""
+    p, k = shape.partition, min(shape.partition, shape.per_node)
+    inside = Place(1, k, machine.intra, machine.inter)
+    between = inside._replace(nodes=p // k, per_node=1, inter=Link(machine.inter.alpha, machine.inter.beta * k))
+    last = price_phases([Phase("alltoall", nbytes / p)], between).us if shape.crosses_nodes else 0.0
+    return price_phases([Phase("alltoall", nbytes / k)], inside).us + last
+
+
+def later_gather_us(shape: Shape, nbytes: float, machine: Machine) -> float:
+    """Time to gather one unit from secondary shards."""
+    return gather_us(shape._replace(partition=shape.per_node), nbytes, machine)
 
 
 def group_us(
@@ -142,13 +182,19 @@ def second_us(shape: Shape, nbytes: float, machine: Machine) -> float:
 
 def step_cost(job: Job, shape: Shape, machine: Machine) -> Cost:
     """The predicted time of one optimizer step."""
-    nbytes, s = job.parameters * job.word / job.layers, job.micro_steps
-    gather, first = gather_us(shape, nbytes, machine), reduce_us(shape, nbytes, machine)
+    nbytes, s, codes = job.parameters * job.word / job.layers, job.micro_steps, job.codes
+    gather = later = gather_us(shape, nbytes * length(codes.weight, job.word), machine)
+    if codes.secondary and shape.crosses_nodes:
+        later = later_gather_us(shape, nbytes, machine)
+    reduces = price_coded_reduce if codes.gradient else reduce_us
+    first = reduces(shape, nbytes * length(codes.gradient, job.word), machine)
     second = second_us(shape, job.parameters * job.shard_word, machine)
     back_us = job.forward_us * (3 if job.recompute else 2)
-    micro = job.layers * (max(job.forward_us, gather) + max(back_us, gather + first))
+    forward = max(job.forward_us, gather) + (s - 1) * max(job.forward_us, later)
+    step = job.layers * (forward + s * max(back_us, later + first)) + gather + second
     computing = s * job.layers * (job.forward_us + back_us)
-    return Cost(s * micro + gather + second, computing, 2 * s * job.layers * gather, s * job.layers * first, second)
+    gathers = job.layers * (gather + (2 * s - 1) * later)
+    return Cost(step, computing, gathers, s * job.layers * first, second)
 
 
 def weak_scaling(job: Job, before: Shape, after: Shape, machine: Machine) -> float:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from hpccomm.algorithms.transforms import Vector, check_choice, require
-from hpccomm.arrays import narrow, reduction_dtype, view_for_mpi, widen
+from hpccomm.arrays import narrow, reduction_dtype, to_device_like, to_host, view_for_mpi, widen
 from hpccomm.collectives.compressed.two_phase import CODES, decode_blocks, encode_blocks, sum_of_codes
 
 GatherCall = Callable[[Vector, Vector], int]
@@ -51,13 +51,13 @@ def check_codes(
 
 
 def gather_coded(gather: GatherCall, code: str, shard: Vector, whole: Vector) -> int:
-    """Gather in blocks (collective)."""
+    """Gather in blocks (collective); vectors on a device are coded on the host."""
     kind = CODES[code]
-    coded = encode_blocks(widen(shard), kind)
+    coded = encode_blocks(widen(to_host(shard)), kind)
     arrived = np.empty((whole.size // shard.size, coded.size), np.uint8)
     sent = gather(coded, arrived.reshape(-1))
     for row, part in zip(arrived, whole.reshape(len(arrived), -1), strict=True):
-        part[...] = narrow(decode_blocks(row, part.size, kind), whole.dtype)
+        part[...] = to_device_like(narrow(decode_blocks(row, part.size, kind), whole.dtype), whole)
     return sent
 
 
@@ -67,9 +67,9 @@ class SecondaryShards:
     ``sizes``: the padded sizes of the units; ``node`` a communicator of the partition group's ranks on this node.
     """
 
-    def __init__(self, node: Any, sizes: Sequence[int], dtype: np.dtype[Any]) -> None:
+    def __init__(self, node: Any, sizes: Sequence[int], dtype: np.dtype[Any], library: Any) -> None:
         self.node = node
-        self.shards = [np.zeros(-(-size // node.size), dtype) for size in sizes]
+        self.shards = [library.zeros(-(-size // node.size), dtype) for size in sizes]
         self.known: set[int] = set()
 
     @property
@@ -81,7 +81,7 @@ class SecondaryShards:
         """Gather a unit inside the node, or by ``gather()`` for the first time; returns the bytes sent (collective)."""
         mine = self.shards[number]
         if number in self.known:
-            arrived = np.empty(mine.size * self.node.size, mine.dtype)
+            arrived = np.empty_like(mine, shape=(mine.size * self.node.size,))
             self.node.Allgather(view_for_mpi(mine), view_for_mpi(arrived))
             whole[...] = arrived[: whole.size]
             return int((self.node.size - 1) * mine.nbytes)
@@ -96,7 +96,7 @@ class SecondaryShards:
         self.known.clear()
 
 
-def make_secondary(partition: Any, sizes: Sequence[int], dtype: np.dtype[Any]) -> SecondaryShards | None:
+def make_secondary(partition: Any, sizes: Sequence[int], dtype: np.dtype[Any], library: Any) -> SecondaryShards | None:
     """The secondary shards of a partition group of several nodes; None inside one node (collective)."""
     layout = getattr(partition, "layout", None)
     require(
@@ -104,7 +104,7 @@ def make_secondary(partition: Any, sizes: Sequence[int], dtype: np.dtype[Any]) -
         "zero: secondary_shard: this communicator does not know its nodes: pass hpccomm.Communicator(comm)",
     )
     assert layout is not None
-    return SecondaryShards(partition.intra_node, sizes, dtype) if layout.count > 1 else None
+    return SecondaryShards(partition.intra_node, sizes, dtype, library) if layout.count > 1 else None
 
 
 class CodedReduce:
@@ -121,9 +121,9 @@ class CodedReduce:
 
     def __call__(self, room: Vector, total: Vector) -> int:
         """Add this rank's shard of the sum, without padding, to ``total``; returns the bytes sent."""
-        rows, sent = widen(room).reshape(len(self.order), -1)[self.order], 0
+        rows, sent = widen(to_host(room)).reshape(len(self.order), -1)[self.order], 0
         for comm in self.hops:
             mine, more = sum_of_codes(comm, rows.reshape(comm.size, -1), self.code)
             rows, sent = mine, sent + more
-        total += rows[: total.size]
+        total += to_device_like(rows[: total.size], total)
         return sent

@@ -18,11 +18,15 @@ others MiCS (:mod:`hpccomm.algorithms.sharded.groups`).
 Gradients are added in float32, whatever their dtype on the wire, and the optimizer works on a float32 master copy, from
 which 16-bit parameters are rounded for every gather.  A rank holds 4 bytes of gradient, 4 of weights and the
 optimizer's state, 8 for Adam: 16Ψ/p.  If a gradient is not finite, all ranks skip the step.
+
+All vectors lie where the weights do: NumPy's on the host, CuPy's on a CUDA device.  PyTorch's tensors become views of
+either.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -47,9 +51,22 @@ from hpccomm.algorithms.sharded.quantized import (
     make_secondary,
 )
 from hpccomm.algorithms.states import leaves
-from hpccomm.algorithms.transforms import Schedule, Transform, Vector, check_count, require
+from hpccomm.algorithms.transforms import Schedule, Transform, Vector, check_count, check_limit, require
 from hpccomm.algorithms.trust_ratio import NormReduce, global_norm
-from hpccomm.arrays import borrow, narrow, reduction_dtype, view_for_mpi
+from hpccomm.arrays import (
+    Converter,
+    bfloat16,
+    identity,
+    is_bfloat16,
+    is_on_device,
+    library_of,
+    narrow,
+    reduction_dtype,
+    to_device_like,
+    to_host,
+    view_array,
+    view_for_mpi,
+)
 from hpccomm.buckets import BUCKET_BYTES, Bucket, group_by_size, memory_of
 from hpccomm.errors import ArgumentError, MismatchError
 
@@ -96,7 +113,7 @@ class Memory(NamedTuple):
     """Bytes on this rank."""
 
     states: int
-    """Weights, gradients, optimizer state."""
+    """Weights, gradients, optimizer state, offloaded ones included."""
     parameters: int
     """Whole units: the gathered ones and the secondary shard, or at stages 1 and 2 the whole model."""
     workspace: int
@@ -115,6 +132,8 @@ class Unit:
         """This rank's shard in the vectors of all its shards."""
         self.tied: dict[str, tuple[Unit, str]] = {}
         """The tensors that an earlier unit holds, by their names here: that unit, and the name there."""
+        self.back: dict[str, Converter] = {}
+        """The converters to the library of each tensor."""
 
     @property
     def needed(self) -> list[Unit]:
@@ -153,14 +172,14 @@ class Reduce:
     way, so it takes shards widened to float32.
     """
 
-    def __init__(self, partition: Any, algorithm: str, longest: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, partition: Any, algorithm: str, longest: int, dtype: np.dtype[Any], library: Any) -> None:
         self.partition, self.ranks, self.kwargs = partition, partition.size, algorithm_kwargs(algorithm)
         self.uses_alltoall = dtype != reduction_dtype(dtype) and not algorithm
         whole = longest * self.ranks
-        self.receive_buffer = np.empty(
+        self.receive_buffer = library.empty(
             whole if self.uses_alltoall else longest, dtype if self.uses_alltoall else reduction_dtype(dtype)
         )
-        self.wide_buffer = np.empty(
+        self.wide_buffer = library.empty(
             0 if self.uses_alltoall or dtype == reduction_dtype(dtype) else whole, reduction_dtype(dtype)
         )
         self.nbytes = self.receive_buffer.nbytes + self.wide_buffer.nbytes
@@ -189,9 +208,9 @@ def algorithm_kwargs(algorithm: str) -> dict[str, str]:
     return {"algorithm": algorithm} if algorithm else {}
 
 
-def allocate_shared(comm: Any, elements: int, dtype: np.dtype[Any]) -> Vector:
-    """An array in memory shared by the ranks of a node, where the communicator has it (collective)."""
-    made: Vector = getattr(comm, "empty", np.empty)(elements, dtype)
+def allocate_shared(comm: Any, elements: int, dtype: np.dtype[Any], library: Any) -> Vector:
+    """An array in memory shared by the ranks of a node, where the communicator has it; on the device (collective)."""
+    made: Vector = (getattr(comm, "empty", np.empty) if library is np else library.empty)(elements, dtype)
     return made
 
 
@@ -200,6 +219,8 @@ class ShardedModel:
 
     ``units`` are the layers, ``{"layer0": {"w": array, "b": array}, …}`` or an iterable of such pairs, which is
     consumed one by one, so that no rank holds the whole model; float32 or float64; the values of rank 0 are used.
+    Arrays are NumPy's, CuPy's or PyTorch's, all on the host or all on one device; parameters and buffers of gradients
+    come in the same library, on the same memory.
     ``optimizer``: see :data:`Optimizer`; :func:`adamw` steps in place.  ``dtype`` is that of gathered parameters and
     of gradients: float32, float16 or bfloat16, by default the master's.  ``max_norm`` clips the global gradient.
     ``loss_scale`` is for float16.  ``algorithm`` names the partition group's algorithm for gathers and reductions; by
@@ -209,7 +230,11 @@ class ShardedModel:
     the MPI library permits it; ``overlap=False`` turns the threads off, and gives the same bits.  ``prefetch`` units
     are gathered ahead of the one in use (``ahead=`` of :meth:`gather`).  The second hop of a unit begins with
     ``last=True`` of :meth:`reduce_accumulate`, else at the boundary; shards of several units, up to 25 MB, travel in
-    one message.
+    one message.  On a device all of them run in the program's thread.
+
+    ``offload=True`` keeps the master weights and the optimizer's state of a model on a device in the host's memory: in
+    each optimizer step this rank's gradient shards are copied to the host, which steps, and rounded shards back.  For
+    weights on the host it changes nothing, for they are there.
 
     An array that occurs in several units, or twice in one (tied weights), is kept in the first one, which is gathered
     with each of the others; its gradients are added on this rank before they travel.
@@ -248,18 +273,24 @@ class ShardedModel:
         weight_code: str | None = None,
         gradient_code: str | None = None,
         secondary_shard: bool = False,
+        offload: bool = False,
     ) -> None:
         require(stage in (1, 2, 3), f"zero: stage is {stage}: pass 1, 2 or 3; data_parallel divides nothing")
         check_count("zero: prefetch", prefetch, 0)
-        require(max_norm is None or max_norm > 0, f"zero: max_norm is {max_norm}: pass a positive number, or None")
+        if max_norm is not None:
+            check_limit("zero: max_norm", max_norm, "pass a positive number, or None")
         self.groups, self.stage, self.max_norm = groups, stage, max_norm
         self.loss_scale = loss_scale or LossScale()
         self.ranks, self.place = groups.partition.size, groups.partition.rank
         self.who = f"rank {groups.world.rank}"
         self.units: dict[str, Unit] = {}
-        self.master, whole = self._take_shards(units)
-        self.dtype = self.master.dtype if dtype is None else np.dtype(dtype)
-        check_dtypes(self.master.dtype, self.dtype)
+        shards, whole = self._take_shards(units)
+        self.library = library_of(shards)
+        """The module that allocates vectors: NumPy or CuPy."""
+        self.offloads = offload and self.library is not np
+        self.master = to_host(shards) if self.offloads else shards
+        self.dtype = self.master.dtype if dtype is None else dtype_of(dtype)
+        check_dtypes(self.master.dtype, self.dtype, self.library is not np)
         check_codes(stage, self.dtype, weight_code, gradient_code, secondary_shard)
         self._check_same_arguments(
             stage=stage,
@@ -270,10 +301,12 @@ class ShardedModel:
             secondary_shard=secondary_shard,
             prefetch=prefetch,
             overlap=overlap,
+            offload=offload,
+            library=self.library.__name__,
         )
         self.weight_code = weight_code
         size = self.master.size if stage > 1 else sum(unit.size for unit in self.units.values())
-        self._total = np.zeros(size, self.master.dtype)
+        self._total = self.library.zeros(size, self.master.dtype)
         bucket = Bucket(dict(self._shard_sizes()), self.master.dtype, exempt=list(self._exempt_names()))
         norms = self._sum_over_partition if self.ranks > 1 else None
         self.optimizer = optimizer if isinstance(optimizer, Transform) else optimizer(bucket, norms)
@@ -283,7 +316,7 @@ class ShardedModel:
         """Gradients added for each unit since the last step."""
         self.calls: list[str] = []
         """The gathers and reductions since the last step, in order: they must be the same on all ranks."""
-        overlap = overlap and groups.world.size > 1 and threads_may_talk()
+        overlap = overlap and groups.world.size > 1 and self.library is np and threads_may_talk()
         self._allocate_buffers(whole, overlap, prefetch, algorithm, gradient_code, secondary_shard)
         self._prepare_second_hops(overlap)
 
@@ -305,7 +338,8 @@ class ShardedModel:
 
     def _take_shards(self, units: Units) -> tuple[Vector, list[Vector]]:
         """This rank's shards of the initial weights, and at stages 1 and 2 all weights."""
-        parts, whole, first = [], [], 0
+        parts: list[Vector] = []
+        whole, first = [], 0
         seen: dict[Any, tuple[Any, Unit, str]] = {}
         for name, tensors in read_units(self.who, units):
             require(name not in self.units, f"{self.who}: two units are called {name!r}: give each a name of its own")
@@ -314,7 +348,8 @@ class ShardedModel:
             own = {each: tensor for each, tensor in tensors.items() if each not in tied}
             unit = Unit(name, len(self.units), Bucket(own), self.ranks, self.place, first)
             unit.tied = note_tensors(unit, own, tied, seen)
-            vector = unit.bucket.flatten(own)
+            unit.back = {each: converter_of(tensor) for each, tensor in tensors.items()}
+            vector = unit.bucket.flatten(own) if own else parts[-1][:0].copy()
             self.groups.world.Bcast(vector, 0)
             parts.append(vector[unit.lo : unit.hi].copy())
             whole += [vector] if self.stage < 3 and self.ranks > 1 else []
@@ -322,6 +357,8 @@ class ShardedModel:
         require(bool(parts), f"{self.who}: a model has one unit or more: pass {{name: tensors}}")
         kinds = {part.dtype for part in parts}
         require(len(kinds) == 1, f"{self.who}: units of {', '.join(map(str, kinds))}: cast them to one dtype")
+        places = {type(part) for part in parts}
+        require(len(places) == 1, f"{self.who}: some units lie on a device, others on the host: move them to one place")
         return np.concatenate(parts), whole
 
     def _allocate_buffers(
@@ -345,42 +382,48 @@ class ShardedModel:
         partition = self._copies[0] if reduces else self.groups.partition
         if self.ranks > 1:
             self._reduce = (
-                CodedReduce(partition, gradient_code) if gradient_code else Reduce(partition, algorithm, shard, kind)
+                CodedReduce(partition, gradient_code)
+                if gradient_code
+                else Reduce(partition, algorithm, shard, kind, self.library)
             )
         self.secondary: SecondaryShards | None = None
         if self._collect and secondary_shard:
-            self.secondary = make_secondary(self._collect.comm, [unit.padded_size for unit in units], self.dtype)
+            sizes = [unit.padded_size for unit in units]
+            self.secondary = make_secondary(self._collect.comm, sizes, self.dtype, self.library)
         rooms = min(max(len(each.needed) for each in units) + prefetch, len(units)) if self._gathers else 0
-        self.buffers: list[Buffer[Unit]] = [Buffer(np.empty(longest, self.dtype)) for _ in range(rooms)]
+        self.buffers: list[Buffer[Unit]] = [Buffer(self.library.empty(longest, self.dtype)) for _ in range(rooms)]
         self._ahead: list[Unit] = []
         """The units that will be gathered next, until a buffer is free."""
         rooms = GRADIENT_BUFFERS if reduces else 1
         self.gradients: GradientBuffers[Unit] = GradientBuffers(
-            [allocate_shared(partition, longest, self.dtype) for _ in range(rooms)]
+            [allocate_shared(partition, longest, self.dtype, self.library) for _ in range(rooms)]
         )
         self._members: dict[str, set[str]] = {}
         """The units that give gradients to a unit with tied tensors, by its name: itself, and the others."""
         for unit in units:
             for owner, _ in unit.tied.values():
                 self._members.setdefault(owner.name, {owner.name}).add(unit.name)
-        self._sums = {name: Buffer[Unit](np.zeros(self.units[name].padded_size, self.dtype)) for name in self._members}
+        zeros = self.library.zeros
+        self._sums = {name: Buffer[Unit](zeros(self.units[name].padded_size, self.dtype)) for name in self._members}
         """The sums of their gradients."""
         self._sent: set[str] = set()
         """The sums that were sent, and begin anew with the next gradient."""
         self.shard = (
-            allocate_shared(self._collect.comm, shard, self.dtype) if self._collect else np.zeros(shard, self.dtype)
+            allocate_shared(self._collect.comm, shard, self.dtype, self.library)
+            if self._collect
+            else zeros(shard, self.dtype)
         )
         """The buffer of a shard to be sent."""
-        if self._collect and self.dtype == self.master.dtype:
-            room = allocate_shared(self._collect.comm, sum(unit.shard_size for unit in units), self.dtype)
+        if self._collect and self.dtype == self.master.dtype and self.library is np:
+            room = allocate_shared(self._collect.comm, sum(unit.shard_size for unit in units), self.dtype, np)
             room[: self.master.size] = self.master
             self.master = room[: self.master.size]
         self.parameters: dict[str, Vector] = {}
         """All parameters, where a rank keeps them whole beside the master copy."""
         if self.stage < 3 and self.ranks > 1:
             self.parameters = {u.name: narrow(v, self.dtype).copy() for u, v in zip(units, whole, strict=True)}
-        elif self.ranks == 1 and self.dtype != self.master.dtype:
-            self.parameters = {unit.name: narrow(self.master[unit.own_slice], self.dtype) for unit in units}
+        elif self.ranks == 1 and (self.dtype != self.master.dtype or self.offloads):
+            self.parameters = {unit.name: self._round(self.master[unit.own_slice]) for unit in units}
         self.prefetcher = CallThread("gather", overlap and self._gathers)
         self._first_hops = CallThread("first hop", reduces)
 
@@ -416,7 +459,7 @@ class ShardedModel:
     @property
     def memory(self) -> Memory:
         """The memory of this rank."""
-        state = sum(leaf.nbytes for _, leaf in leaves(self.state) if isinstance(leaf, np.ndarray))
+        state = sum(leaf.nbytes for _, leaf in leaves(self.state) if isinstance(leaf, np.ndarray) or is_on_device(leaf))
         whole = sum(each.nbytes for each in (*self.parameters.values(), *(slot.room for slot in self.buffers)))
         whole += self.secondary.nbytes if self.secondary else 0
         working = self.gradients.nbytes + sum(each.room.nbytes for each in self._sums.values())
@@ -439,7 +482,7 @@ class ShardedModel:
         names = [ahead] if isinstance(ahead, str) else list(ahead or ())
         following = [self._unit(each, "gather: ahead") for each in names]
         if not self._gathers:
-            return unit.views(self._parameters_of)
+            return convert(unit, unit.views(self._parameters_of))
         in_use = any(name in slot.users for slot in self.buffers)
         require(not in_use, f"{self.who}: gather: {name!r} is gathered: release it first")
         for each in unit.needed:
@@ -449,7 +492,7 @@ class ShardedModel:
             slot.users.add(name)
         self._ahead = [each for later in following if later is not unit for each in later.needed]
         self._prefetch()
-        return unit.views(self._find_room)
+        return convert(unit, unit.views(self._find_room))
 
     def _parameters_of(self, unit: Unit) -> Vector:
         """The unit's parameters where this rank keeps them whole."""
@@ -534,12 +577,16 @@ class ShardedModel:
     def _cast_shard(self, unit: Unit) -> Vector:
         """This rank's shard, padded and in the dtype on the wire."""
         mine = self.master[unit.own_slice]
-        if mine.size == unit.shard_size and mine.dtype == self.dtype:
+        if mine.size == unit.shard_size and mine.dtype == self.dtype and not self.offloads:
             return mine
         shard = self.shard[: unit.shard_size]
-        shard[: mine.size] = narrow(mine, self.dtype)
+        shard[: mine.size] = self._round(mine)
         shard[mine.size :] = 0
         return shard
+
+    def _round(self, weights: Vector) -> Vector:
+        """Master weights in the dtype on the wire, where parameters lie."""
+        return to_device_like(narrow(weights, self.dtype), self._total)  # type: ignore[no-any-return]
 
     def gradient(self, name: str) -> dict[str, npt.NDArray[Any]]:
         """A buffer for the unit's gradient by name, to be written and passed to :meth:`reduce_accumulate`.
@@ -549,7 +596,7 @@ class ShardedModel:
         unit = self._unit(name, "gradient")
         room = views(unit, self._gradient_buffer(unit).room)
         tied = {each: views(owner, self._sums[owner.name].room)[its] for each, (owner, its) in unit.tied.items()}
-        return room | {each: np.zeros_like(tensor) for each, tensor in tied.items()}
+        return convert(unit, room | {each: np.zeros_like(tensor) for each, tensor in tied.items()})
 
     def _gradient_buffer(self, unit: Unit) -> Buffer[Unit]:
         """The buffer handed out for this unit, or the oldest one, once its exchange is complete."""
@@ -579,6 +626,7 @@ class ShardedModel:
         unit = self._unit(name, "reduce_accumulate")
         if name in self._complete:
             raise ArgumentError(f"{self.who}: reduce_accumulate: {name!r} had its last gradient: call boundary first")
+        gradient = self._read_gradient(name, gradient)
         tied = take_tied(unit, gradient, self.dtype, self.who)
         buffer = self._gradient_buffer(unit)
         if isinstance(gradient, Mapping):
@@ -602,6 +650,18 @@ class ShardedModel:
             self._complete.add(name)
             if self.stage > 1 or self.ranks == 1:
                 self._begin_second_hops(self._complete)
+
+    def _read_gradient(self, name: str, gradient: Any) -> Any:
+        """Tensors by name, or a vector, of any library as arrays where the weights lie; raises for other places."""
+        if isinstance(gradient, Mapping):
+            return {each: self._read_gradient(f"{name}.{each}", tensor) for each, tensor in gradient.items()}
+        array, _ = view_array(gradient, f"{self.who}: the gradient of {name}")
+        places = ["on the host" if isinstance(each, np.ndarray) else "on a device" for each in (array, self._total)]
+        require(
+            places[0] == places[1],
+            f"{self.who}: the gradient of {name} lies {places[0]}, the weights {places[1]}: move it there",
+        )
+        return array
 
     def _sum_of(self, owner: Unit) -> Buffer[Unit]:
         """The sum of the gradients of a unit with tied tensors, of zeros where the last one was sent."""
@@ -740,7 +800,7 @@ class ShardedModel:
     def _divide(self) -> None:
         """Stage 1: the first hop of all units, their shards go to the front of ``total``."""
         for unit in self.units.values():
-            room = np.zeros(unit.padded_size, self._total.dtype)
+            room = self.library.zeros(unit.padded_size, self._total.dtype)
             room[: unit.size] = self._total[self._unit_slice(unit)]
             self._total[unit.own_slice] = 0
             if unit.size:
@@ -768,6 +828,7 @@ class ShardedModel:
 
     def _step(self, part: Vector) -> None:
         """The optimizer on the shards; at stages 1 and 2 all parameters are gathered afterwards."""
+        part = to_host(part) if self.offloads else part
         if isinstance(self.optimizer, InPlaceTransform):
             self.state = self.optimizer.apply(part, self.state, self.master)
         else:
@@ -782,7 +843,7 @@ class ShardedModel:
         for name, vector in self.parameters.items():
             unit = self.units[name]
             if self.ranks == 1 or not unit.size:
-                vector[...] = narrow(self.master[unit.own_slice], self.dtype)
+                vector[...] = self._round(self.master[unit.own_slice])
                 continue
             began, room = perf_counter(), self._gradient_buffer(unit).room[: unit.padded_size]
             self.groups.partition.Allgather(view_for_mpi(self._cast_shard(unit)), view_for_mpi(room))
@@ -801,14 +862,14 @@ class ShardedModel:
         whole: dict[Unit, Vector] = {}
         for unit in self.units.values():
             whole[unit] = self._assemble(unit)
-            yield unit.name, unit.views(whole.__getitem__)
+            yield unit.name, convert(unit, unit.views(whole.__getitem__))
             if unit.name not in self._members:
                 del whole[unit]
 
     def _assemble(self, unit: Unit) -> Vector:
-        mine = np.zeros(unit.shard_size, self.master.dtype)
-        mine[: unit.hi - unit.lo] = self.master[unit.own_slice]
-        whole = np.empty(unit.padded_size, self.master.dtype)
+        mine = self.library.zeros(unit.shard_size, self.master.dtype)
+        mine[: unit.hi - unit.lo] = to_device_like(self.master[unit.own_slice], mine)
+        whole = self.library.empty(unit.padded_size, self.master.dtype)
         if unit.size:
             self.groups.partition.Allgather(mine, whole)
         return whole[: unit.size]
@@ -826,12 +887,23 @@ def views(unit: Unit, vector: Vector) -> dict[str, npt.NDArray[Any]]:
     return {t.name: vector[t.offset : t.offset + t.length].reshape(t.shape) for t in unit.bucket.table}
 
 
+def converter_of(tensor: Any) -> Converter:
+    """The function that gives arrays the library of a tensor: PyTorch's; all others get NumPy's or CuPy's."""
+    torch = sys.modules.get("torch")
+    return view_array(tensor)[1] if torch is not None and isinstance(tensor, torch.Tensor) else identity
+
+
+def convert(unit: Unit, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The unit's arrays in the libraries of its weights, on the same memory."""
+    return {name: unit.back[name](each) for name, each in arrays.items()}
+
+
 def find_tied(tensors: Tensors, seen: Mapping[Any, tuple[Any, Unit, str]]) -> dict[str, tuple[Unit | None, str]]:
     """The tensors that were seen before: their unit and name; None as unit where it is another one of these."""
     tied: dict[str, tuple[Unit | None, str]] = {}
     own: dict[Any, str] = {}
     for name, tensor in tensors.items():
-        memory = memory_of(borrow(tensor, f"the weights {name}")[0])
+        memory = memory_of(view_array(tensor, f"the weights {name}")[0])
         known = seen.get(memory)
         if memory is not None and known is not None and known[0]() is not None:  # else its memory was used again
             tied[name] = known[1:]
@@ -850,7 +922,7 @@ def note_tensors(
 ) -> dict[str, tuple[Unit, str]]:
     """Remember a unit's own tensors as long as they live; its tied ones, whose unit may be this one."""
     for name, tensor in own.items():
-        memory = memory_of(borrow(tensor)[0])
+        memory = memory_of(view_array(tensor)[0])
         if memory is not None:
             seen[memory] = weakref.ref(tensor), unit, name
     return {name: (owner or unit, its) for name, (owner, its) in tied.items()}
@@ -894,13 +966,28 @@ def copy_gradient(unit: Unit, gradient: Tensors | Vector, room: Vector, who: str
                 f"in {room.dtype} and in its shape"
             )
         for name, tensor in there.items():
-            if gradient[name].__array_interface__["data"] != tensor.__array_interface__["data"]:
+            if memory_of(gradient[name]) != memory_of(tensor):
                 tensor[...] = gradient[name]
     room[unit.size :] = 0
 
 
-def check_dtypes(master: np.dtype[Any], travels: np.dtype[Any]) -> None:
+def dtype_of(given: Any) -> np.dtype[Any]:
+    """A dtype of NumPy, ml_dtypes or PyTorch as NumPy's."""
+    name = str(given).removeprefix("torch.")
+    if name == "bfloat16":
+        return bfloat16("zero: dtype")
+    try:
+        return np.dtype(name if name != str(given) else given)
+    except TypeError:
+        raise ArgumentError(f"zero: dtype is {given!r}: pass float32, float16 or bfloat16, or leave it out") from None
+
+
+def check_dtypes(master: np.dtype[Any], travels: np.dtype[Any], on_device: bool) -> None:
     """Raise for unsupported dtypes of weights or parameters."""
+    require(
+        not (on_device and is_bfloat16(travels)),
+        "zero: dtype is bfloat16, which CuPy does not have: pass float16 or float32",
+    )
     require(master in (np.float32, np.float64), f"zero: the weights are {master}: pass float32, or float64")
     require(
         travels == master or reduction_dtype(travels) == np.float32,

@@ -47,8 +47,9 @@ PROBLEMS = (
 class Comm(Protocol):
     """The communicator that the exchanges need; those of mpi4py and hpccomm satisfy it.
 
-    Two more attributes are used if present: ``link``, the :class:`~hpccomm.layout.Link` by which ``auto`` prices
-    algorithms, and ``message_gather``, a :class:`MessageGather` that is kept from call to call.
+    More attributes are used if present: ``layout`` and ``machine``, the nodes of the ranks and their links, by which
+    ``auto`` prices algorithms (:func:`~hpccomm.collectives.compressed.prices.place_of`), and ``message_gather``, a
+    :class:`MessageGather` that is kept from call to call.
     """
 
     @property

@@ -10,8 +10,8 @@ path           what happens                                                     
 ``dense``      an allreduce of the whole matrix                                       2mwb(p-1)/p
 =============  =====================================================================  =================================
 
-``auto`` adds inside nodes of several ranks, and takes ``dense`` where its price is lower
-(:func:`~hpccomm.collectives.compressed.sparse.times`).
+``auto`` adds inside nodes of several ranks, and takes ``dense`` where its price between the nodes is lower
+(:mod:`~hpccomm.collectives.compressed.prices`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from hpccomm.collectives.compressed.messages import (
     check_arguments,
     number_of,
 )
-from hpccomm.collectives.compressed.sparse import times
+from hpccomm.collectives.compressed.prices import LEADERS, exact_phases, place_of, price_phases
 from hpccomm.kernels.vectors.reference import Octets
-from hpccomm.layout import ETHERNET
 
 Matrix = npt.NDArray[Any]
 PATHS = ("auto", "allgather", "node", "dense")
@@ -134,14 +133,12 @@ def is_count(count: Any) -> bool:
 
 def choose(comm: Any, counts: Ints, count: int, values: Matrix) -> str:
     """The cheaper of messages and an allreduce, by the rows of each rank; the same on all ranks."""
-    layout, path, longest, parts = getattr(comm, "layout", None), "allgather", int(counts.max()), comm.size
-    if layout is not None and 1 < layout.count < layout.size == comm.size:
-        path, parts = "node", layout.count
-        longest = min(count, int(np.bincount(layout.nodes, counts).max()))
-    row = values.shape[1] * values.itemsize
-    link = getattr(comm, "link", ETHERNET)
-    price = times(count, longest, None, parts, link, value_bytes=row, index_bytes=INDEX.itemsize)
-    return "dense" if price["dense"] < price["allgather"] else path
+    place, path, longest = place_of(comm), "allgather", int(counts.max())
+    if 1 < place.nodes < comm.size:
+        path, place = "node", place.level(LEADERS)
+        longest = min(count, int(np.bincount(comm.layout.nodes, counts).max()))
+    phases = exact_phases(count, longest, place, values.shape[1] * values.itemsize, INDEX.itemsize)
+    return "dense" if price_phases(phases["dense"], place) < price_phases(phases["allgather"], place) else path
 
 
 def add_rows(parts: list[Rows], dtype: np.dtype[Any]) -> Rows:

@@ -42,14 +42,18 @@ from hpccomm.collectives.compressed.messages import (
     demand_whole,
     number_of,
 )
+from hpccomm.collectives.compressed.prices import (
+    DENSE_FROM,
+    Place,
+    cheapest,
+    exact_phases,
+    lossy_phases,
+    place_of,
+)
 from hpccomm.collectives.engine import even_cuts
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 from hpccomm.kernels.vectors.reference import Indices, Octets, Vector
-from hpccomm.layout import ETHERNET, Link
-
-DENSE_FROM = 4
-"""A vector with n/4 or more elements is sent dense: merging would cost more than adding."""
 
 
 class SparsePlan(NamedTuple):
@@ -117,7 +121,8 @@ def sparse_allreduce(
     - ``"gtopk"``: a binomial tree of sums of two, each pruned to the ``k`` largest (Shi et al., ICDCS 2019).  An
       element that one rank prunes while another keeps its index is returned at the rank that pruned it, so nothing is
       lost.
-    - ``"auto"``: the least time by :func:`times`: of the exact algorithms without ``k``, of the last two with it.
+    - ``"auto"``: the least time by :mod:`~hpccomm.collectives.compressed.prices`: of the exact algorithms without
+      ``k``, of the last two with it.
 
     -0.0 becomes 0.0.  Raises :class:`~hpccomm.errors.ArgumentError` on every rank, before data moves, where a rank
     passes other arrays, a NaN or an infinity, or where ``n``, ``k``, ``algorithm`` or ``plan`` differ.
@@ -137,7 +142,7 @@ def sparse_allreduce(
     )
     path = algorithm
     if path == "auto":
-        path = select_algorithm(n, int(counts.max()), k, wire.size, getattr(comm, "link", ETHERNET))
+        path = select_algorithm(n, int(counts.max()), k, place_of(comm))
     values = values + np.float32(0)
     if path in LOSSY_ALGORITHMS:
         assert k is not None
@@ -422,70 +427,6 @@ LOSSY_ALGORITHMS: dict[str, Callable[[CountingComm, Indices, Vector, int, int, S
 }
 
 
-# Which is cheapest
-
-
-def times(
-    n: int, count: int, k: int | None, p: int, link: Link, *, value_bytes: int = 4, index_bytes: int = 4
-) -> dict[str, float]:
-    """Microseconds of each algorithm, by alpha and beta, with ``count`` elements a rank at random indices of n.
-
-    Without ``k`` the exact algorithms, with it those that keep k.
-    """
-    if k is not None:
-        rounds = ceil_log2(p)
-        share = 6 * value_bytes * k * (p - 1) / p
-        return {
-            "ok_topk": (2 * p + 2 * rounds) * link.alpha * (p > 1) + share * link.beta,
-            "gtopk": 2 * rounds * link.alpha + 4 * value_bytes * k * rounds * link.beta,
-        }
-    found = phases(n, count, p, value_bytes, value_bytes + index_bytes)
-    return {name: sum(each.us(p, link) for each in steps) for name, steps in found.items()}
-
-
-class Phase(NamedTuple):
-    """A dense collective of an exchange, in which each rank has a block of so many bytes."""
-
-    collective: str
-    """``allgather``, ``alltoall``, ``allreduce`` or ``sendrecv``, messages to one rank."""
-    nbytes: float
-
-    def us(self, p: int, link: Link) -> float:
-        """Microseconds on a link of its own for each rank."""
-        messages, blocks = {
-            "allgather": (ceil_log2(p), p - 1),
-            "alltoall": (p - 1, p - 1),
-            "allreduce": (2 * (p - 1), 2 * (p - 1) / p),
-            "sendrecv": (1, 1),
-        }[self.collective]
-        return messages * link.alpha + blocks * self.nbytes * link.beta
-
-
-def phases(n: float, count: float, p: int, value_bytes: float, pair_bytes: float) -> dict[str, list[Phase]]:
-    """What each exact algorithm sends, for ``count`` pairs of index and value a rank at random indices of n.
-
-    The sum of r ranks of density d = count/n has density 1 - (1-d)^r; it is sent dense from 1/4.
-    """
-    density = min(1.0, count / max(n, 1))
-
-    def bytes_of_sum(ranks: int, elements: float = n) -> float:
-        filled = 1 - (1 - density) ** ranks
-        return elements * (pair_bytes * filled if filled * DENSE_FROM < 1 else value_bytes)
-
-    return {
-        "allgather": [Phase("allgather", pair_bytes * count)],
-        "recursive_doubling": [Phase("sendrecv", bytes_of_sum(1 << each)) for each in range(ceil_log2(p))],
-        "split": [Phase("alltoall", pair_bytes * count / p), Phase("allgather", bytes_of_sum(p, n / p))],
-        "dense": [Phase("allreduce", value_bytes * n)],
-    }
-
-
-def ceil_log2(p: int) -> int:
-    """The rounds in which p ranks hear of each other."""
-    return (p - 1).bit_length()
-
-
-def select_algorithm(n: int, count: int, k: int | None, p: int, link: Link) -> str:
-    """The first algorithm within a tenth of the least time: the earlier ones add in rank order."""
-    found = times(n, count, k, p, link)
-    return next(name for name, time in found.items() if time <= 1.1 * min(found.values()))
+def select_algorithm(n: int, count: int, k: int | None, place: Place) -> str:
+    """The cheapest algorithm for ``count`` elements a rank: of the exact ones, or with ``k`` of those that keep k."""
+    return cheapest(exact_phases(n, count, place) if k is None else lossy_phases(k, place), place)
