@@ -457,6 +457,23 @@ def test_a_receive_that_is_late_and_a_group_that_was_destroyed() -> None:
         group.allreduce([torch.ones(1)])
 
 
+def test_a_group_is_destroyed_after_its_calls_have_ended() -> None:
+    size = dist.get_world_size()
+    for _ in range(3):
+        group = dist.new_group()
+        tensors = [torch.ones(100) for _ in range(200)]
+        works = [dist.all_reduce(each, group=group, async_op=True) for each in tensors]
+        dist.destroy_process_group(group)
+        assert all(work.is_success() for work in works)
+        assert all(torch.equal(each, torch.full((100,), float(size))) for each in tensors)
+
+
+def test_a_tensor_that_is_given_twice_is_reduced_once() -> None:
+    x = torch.ones(3)
+    dist.all_reduce_coalesced([x, x])
+    assert torch.equal(x, torch.full((3,), float(dist.get_world_size())))
+
+
 def test_options() -> None:
     from hpccomm.torch import Options
 

@@ -76,9 +76,9 @@ class Collectives:
             )
 
     def allreduce(self, tensors: Sequence[Tensor], op: Any) -> None:
-        """Reduce each tensor over the ranks, in place."""
+        """Reduce each tensor over the ranks, in place; one that is given twice is reduced once."""
         who = self._who["all_reduce"]
-        for each in tensors:
+        for each in {id(each): each for each in tensors}.values():
             if each.layout is torch.sparse_coo:
                 self._compare("sparse all_reduce", each, op=op.op)
                 sparse.allreduce(self.comm, each, op, who)

@@ -6,6 +6,7 @@ it is asynchronous, on the group's thread (:mod:`hpccomm.torch.works`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -124,9 +125,10 @@ class Group(dist.ProcessGroup):
         return self._run("coalesced calls", None, lambda on: None, [])
 
     def shutdown(self) -> None:
-        """End the thread, and free the communicator once all ranks have come here."""
+        """End the threads, and free the communicator once all calls have ended and all ranks have come here."""
         self._calls.close()
-        members.release(self.comm)
+        if self._calls.settle(time.monotonic() + members.FREE_SECONDS):
+            members.release(self.comm)
 
     def abort(self) -> None:
         """As torch asks on errors: calls under way cannot be ended, the communicator stays as it is."""

@@ -23,6 +23,9 @@ from hpccomm.calls.watchdog import abort_all
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.progress import EXIT_SECONDS, has_thread
 
+SETTLE_SECONDS = 1e-3
+"""Time between two looks for threads that are busy when the program ends."""
+
 
 class Work(dist.Work):
     """The handle of the call ``name``, which writes ``results``; ``missing`` describes what a late call lacks."""
@@ -155,7 +158,7 @@ class CallQueue:
         self._calls: deque[Work] = deque()
         """The calls that have not ended; a thread runs the first one."""
         self._served = False
-        self._wake, self._idle = threading.Semaphore(0), 0
+        self._wake, self._idle, self._busy, self._leaving = threading.Semaphore(0), 0, 0, 0
         self._closed = False
         _queues.add(self)
 
@@ -201,6 +204,7 @@ class CallQueue:
         with self._lock:
             start = not self._idle
             self._idle -= not start
+            self._busy += 1
         if start:
             threading.Thread(target=self._live, name="hpccomm-group", daemon=True).start()
         else:
@@ -208,11 +212,18 @@ class CallQueue:
 
     def _live(self) -> None:
         """A thread: it serves the queue, and sleeps until it is to serve it again."""
-        while not self._closed:
+        while True:
             self._serve()
             with self._lock:
+                self._busy -= 1
+                if self._closed:
+                    return
                 self._idle += 1
             self._wake.acquire()
+            with self._lock:
+                if self._leaving:
+                    self._leaving -= 1
+                    return
 
     def _serve(self) -> None:
         """Run calls until there is none, or one has a future."""
@@ -233,6 +244,15 @@ class CallQueue:
             self._find_thread()
         work.set_future(future)
 
+    def settle(self, until: float) -> bool:
+        """Wait until no thread runs a call or callbacks of a future; returns whether none does.
+
+        Python ends a thread that comes back from C++ after the program, and C++ then ends the process by an abort.
+        """
+        while self._busy and time.monotonic() < until:
+            time.sleep(SETTLE_SECONDS)
+        return not self._busy
+
     @property
     def last(self) -> Work | None:
         """The last call, while it has not ended."""
@@ -240,9 +260,11 @@ class CallQueue:
             return self._calls[-1] if self._calls else None
 
     def close(self) -> None:
-        """End the threads; calls under way end first."""
-        self._closed = True
-        for _ in range(self._idle):
+        """End the threads; calls that were given end first."""
+        with self._lock:
+            self._closed, idle, self._idle = True, self._idle, 0
+            self._leaving += idle
+        for _ in range(idle):
             self._wake.release()
 
 
@@ -255,6 +277,8 @@ def complete_all() -> None:
     for work in [each.last for each in list(_queues)]:
         if work is not None and not work.sleep(max(0.0, until - time.monotonic())):
             abort_all(f"{work.name} cannot complete, and the program ends: wait for every call before the end")
+    for each in list(_queues):
+        each.settle(until)
 
 
 atexit.register(complete_all)
