@@ -6,6 +6,7 @@ first used.  Type checkers read the same names from ``__init__.pyi``.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -63,6 +64,8 @@ def import_name(package: str, home: dict[str, str], name: str) -> Any:
     """Import a public name of one of our packages from its ``home``, and keep it in the package."""
     if name not in home:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's processes are no ranks of MPI before init_process_group
+        import_module("hpccomm.torch.placeholders").postpone_mpi()
     value = getattr(import_module(home[name]), name)
     setattr(sys.modules[package], name, value)
     return value

@@ -24,14 +24,14 @@ from mpi4py import MPI
 from hpccomm.calls import operations
 from hpccomm.calls.blocks import NONE, SIGNATURES
 from hpccomm.calls.bounce_buffers import BounceBuffers
-from hpccomm.calls.buffers import hold, pad_last
+from hpccomm.calls.buffers import hold, pad_last, read_integers
 from hpccomm.calls.consistency import claim_report
-from hpccomm.calls.entry import COLLECTIVES, Doors, Key
+from hpccomm.calls.entry import COLLECTIVES, FREED, Doors, Key, refuse
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.calls.reader import is_in_place
 from hpccomm.calls.watchdog import FLUSH_SECONDS, list_waiting
 from hpccomm.context import Context, Once, PlanCache, context_of, unwrap
-from hpccomm.errors import ArgumentError, HpccommError, MismatchError
+from hpccomm.errors import ArgumentError, HpccommError, LaunchError, MismatchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout
 from hpccomm.named_reductions import run_named
@@ -114,6 +114,8 @@ class Communicator(MPI.Intracomm):
     def __new__(
         cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py"
     ) -> Communicator:
+        if comm:
+            check_world()
         kind = OURS[type(unwrap(comm))] if cls is Communicator and isinstance(comm, MPI.Topocomm) else cls
         self: Communicator = MPI.Intracomm.__new__(kind, comm)  # Python allows no other in a class with two bases
         if pickle not in PICKLES:
@@ -127,7 +129,6 @@ class Communicator(MPI.Intracomm):
         self._planner = Planner(self)
         self._levels = {}
         if comm is not None and comm != MPI.COMM_NULL:
-            check_world()
             install_abort_hook()
             self._context = context_of(self)
             drive_all()
@@ -155,6 +156,8 @@ class Communicator(MPI.Intracomm):
         if self._queue is not None:
             self._queue.let_pass()
         if self._context is None:
+            if self == MPI.COMM_NULL:
+                raise ArgumentError(FREED)
             self._context = context_of(self)
         return self._context
 
@@ -284,11 +287,13 @@ class Communicator(MPI.Intracomm):
         """Free the communicator and its context (collective)."""
         self._release()
         super().Free()
+        self._doors.close(refuse)
 
     def Disconnect(self) -> None:
         """Complete all pending messages, then free as :meth:`Free` does (collective)."""
         self._release()
         super().Disconnect()
+        self._doors.close(refuse)
 
     def _release(self) -> None:
         if self._queue is not None:
@@ -324,8 +329,9 @@ class Communicator(MPI.Intracomm):
                 return run_padded(partial(self._repeat, name), buffers, padded, rest)
             marks = tuple(operations.key_of(each) if isinstance(each, MPI.Op) else each for each in rest)
             key = kind or (None if None in rest[:-1] else call_key(name, *buffers, *marks))
-            if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
-                return self._repeat(name, hold(sendbuf), hold(recvbuf), *rest)
+            held = hold(sendbuf), hold(recvbuf)
+            if key is None and not (held[0] is sendbuf and held[1] is recvbuf):
+                return self._repeat(name, *held, *rest)
             bound = self.plans.plans.get(key) if key is not None else None
             if bound is None:
                 root = dict(zip(SIGNATURES[name].arguments, rest, strict=False)).get("root")
@@ -522,7 +528,8 @@ class Communicator(MPI.Intracomm):
             return None
         if code > MISS:
             return self._run_native(code, "Reduce_scatter", sendbuf, recvbuf, recvcounts, op)
-        buffers, counts = (sendbuf, recvbuf), None if recvcounts is None else tuple(recvcounts)
+        buffers, who = (sendbuf, recvbuf), f"rank {self.rank}: Reduce_scatter"
+        counts = None if recvcounts is None else read_integers(recvcounts, "recvcounts", who)
         arguments = {"recvcounts": counts, "op": op}
         return self._run_reduction(code, "Reduce_scatter", buffers, arguments, algorithm, reproducible, stream)
 
@@ -594,9 +601,9 @@ class Communicator(MPI.Intracomm):
         code: int = NOT_MINE,
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
-        who, reader = f"rank {self.rank}: {name}", self._planner.reader
-        read_op = None if op is None else operations.read_op(op, who)
-        root = None if root is None else reader.check_root(root, who)
+        who, reader, takes = f"rank {self.rank}: {name}", self._planner.reader, SIGNATURES[name].arguments
+        read_op = operations.read_op(op, who) if "op" in takes else None  # type: ignore[arg-type]
+        root = reader.check_root(root, who) if "root" in takes else None  # type: ignore[arg-type]
         arguments = [each for each in (root, read_op) if each is not None]
         return self._run_uncached(code, name, reader.significant(name, *buffers, root), (*arguments, None))
 
@@ -713,7 +720,12 @@ NATIVE_CALLS = {name: getattr(MPI.Intracomm, name) for name in map(str.capitaliz
 
 
 def check_world() -> None:
-    """Raise if a launcher has started more ranks than MPI sees."""
+    """Raise if MPI has not started, or if a launcher has started more ranks than MPI sees."""
+    if not MPI.Is_initialized():
+        raise LaunchError(
+            "MPI has not started: under torchrun, torch.distributed.init_process_group('hpccomm') starts it; elsewhere "
+            "leave mpi4py.rc.initialize as it is, or call MPI.Init_thread()"
+        )
     if MPI.COMM_WORLD.size == 1:
         from hpccomm import launcher
 

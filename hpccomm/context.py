@@ -239,8 +239,9 @@ class Context:
         self.consistency = parent.level_table if self.layout.count == 1 < self.size else None
         number = hash((parent.recorded.number, *ranks)) >> 2 & (1 << 60) - 1 | 1 << 60
         level = "intra-node" if self.layout.count == 1 else "inter-node"
-        self.recorded = Comm(recorder(), number, f"{level} of {parent.recorded.text}")
-        self.open_group(None)
+        text = f"{level} ranks {format_ranges(ranks)} of {parent.recorded.text}"
+        self.recorded = Comm(recorder(), number, text)
+        self.open_group(of=(parent._group, ranks) if parent._group else None)
 
     @Once
     def members(self) -> tuple[int, ...]:
@@ -335,13 +336,18 @@ class Context:
         for table in (self.consistency, self.level_table):
             table.progress = self.private_comm.Iprobe
 
-    def open_group(self, wire: MPI.Intracomm | None) -> None:
-        """Let the watchdog look after the calls of this communicator; ``wire`` is for its messages."""
+    def open_group(
+        self, wire: MPI.Intracomm | None = None, of: tuple[watchdog.Group, tuple[int, ...]] | None = None
+    ) -> None:
+        """Let the watchdog look after the calls of this communicator.
+
+        ``wire`` is for its messages; ``of``: the group of which this communicator is a level, and its ranks there.
+        """
         head, world = recorder().ring.head, MPI.COMM_WORLD
         head["rank"], head["size"] = world.rank, world.size
-        if self.consistency:
+        if self.consistency or (of and self.size > 1):
             nodes = [self.layout.members(node) for node in range(self.layout.count)]
-            self._group = watchdog.Group(self.recorded, self.rank, nodes, self.consistency, wire)
+            self._group = watchdog.Group(self.recorded, self.rank, nodes, self.consistency, wire, of)
             watchdog.watch(self._group)
 
     def call(self, name: str, *buffers: Any, inside: bool = False) -> Call:
@@ -502,9 +508,9 @@ class Context:
         made = self.levels[name]
         if made == MPI.COMM_NULL:
             raise ArgumentError(f"rank {self.rank}: {name}_node has been freed: leave it to its communicator's Free")
-        if made.Get_attr(CONTEXT_KEY) is None:
+        if made.Get_attr(context_key()) is None:
             channel = self.layout.channel(self.rank)
-            made.Set_attr(CONTEXT_KEY, Context(made, (self, self.members if name == "intra" else channel)))
+            made.Set_attr(context_key(), Context(made, (self, self.members if name == "intra" else channel)))
         return made
 
     def _make_level(self, name: str) -> None:
@@ -550,8 +556,10 @@ def close_context(comm: MPI.Comm, keyval: int, context: Context) -> None:
         context.close()
 
 
-CONTEXT_KEY = MPI.Comm.Create_keyval(delete_fn=close_context)
-"""The attribute of an MPI communicator that keeps its context."""
+@cache
+def context_key() -> int:
+    """The attribute of an MPI communicator that keeps its context; MPI makes keys only after it has started."""
+    return MPI.Comm.Create_keyval(delete_fn=close_context)
 
 
 @cache
@@ -562,10 +570,10 @@ def start_compiler() -> None:
 
 def context_of(comm: MPI.Intracomm) -> Context:
     """The context of an MPI communicator; the first request is collective."""
-    known: Any = comm.Get_attr(CONTEXT_KEY)
+    known: Any = comm.Get_attr(context_key())
     if known is None:
         known = Context(comm)
-        comm.Set_attr(CONTEXT_KEY, known)
+        comm.Set_attr(context_key(), known)
     found: Context = known
     return found
 

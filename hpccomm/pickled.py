@@ -80,6 +80,8 @@ COMPARED = {
     "scatter": ObjectCall({"root": 1}),
 }
 """mpi4py's lower-case collectives."""
+DEFAULTS = {"op": None, "root": 0}
+"""What an argument is that is not given; the operation is a sum."""
 
 
 def compare_objects(name: str) -> Any:
@@ -95,10 +97,14 @@ def compare_objects(name: str) -> Any:
         table = self.context.consistency
         if table is None:
             return native(self, *args, **named)
-        given = [named.get(each, args[place] if place < len(args) else None) for each, place in places.items()]
+        given = [
+            named.get(each, args[place] if place < len(args) else DEFAULTS[each]) for each, place in places.items()
+        ]
+        if "root" in places:
+            given[-1] = self._planner.reader.check_root(given[-1], f"rank {self.rank}: {name}")
         with table.entered:
             table.enter(announce(table, name, places, given))
-            if waiting == ALL or (waiting == ROOT and (given[0] or 0) == self.rank):
+            if waiting == ALL or (waiting == ROOT and given[-1] == self.rank):
                 table.wait()
             result = native(self, *args, **named)
         return result
@@ -111,11 +117,11 @@ def announce(table: Any, name: str, places: dict[str, int], given: list[Any]) ->
     values = dict(zip(places, given, strict=True))
     op, root = values.get("op"), values.get("root")
     mark = op.handle if isinstance(op, MPI.Op) else op is None
-    key = (name, mark, root if isinstance(root, int) else 0)
+    key = (name, mark, root)
     digest: int | None = table.known_calls.get(key)
     if digest is None:
         op_name = operations.name_of(op) if isinstance(op, MPI.Op) else "sum" if op is None else "a function"
-        of = str(root or 0) if "root" in places else ""
+        of = str(root) if "root" in places else ""
         digest = table.known_calls[key] = table.announce(Fingerprint(name, op_name if "op" in places else "", root=of))
     return digest
 

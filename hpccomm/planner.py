@@ -110,10 +110,6 @@ class Planner:
 
     def plan(self, call: Call) -> Plan:
         """A plan for a call: rewrite, candidates of the table, tuning, bind."""
-        if self.context.awaits_code:
-            setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], call.collective)
-            if "shared" in (call.algorithm, self.comm.algorithm, setting):
-                self.use_code()
         fits = self.candidates(call)
         call.choice = self.choose(call, fits)
         name, backend = call.choice.algorithm, fits[call.choice.algorithm]
@@ -130,7 +126,14 @@ class Planner:
         return ("auto", *(name for each in self.backends.values() for name in each.algorithms(collective)))
 
     def candidates(self, call: Call) -> dict[str, Backend]:
-        """The algorithms that can take a call, and their backends; native MPI's takes every one."""
+        """The algorithms that can take a call, and their backends; native MPI's takes every one.
+
+        Shared memory that awaits its code is taken into use for a call that names it.
+        """
+        if self.context.awaits_code:
+            setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], call.collective)
+            if "shared" in (call.algorithm, self.comm.algorithm, setting):
+                self.use_code()
         return {
             name: backend
             for backend in self.backends.values()
@@ -163,14 +166,16 @@ class Planner:
             raise ArgumentError(
                 f"{who}: the array is not registered: allocate it with comm.empty, comm.zeros or comm.register"
             )
-        segment, place = view
+        segment, place, plans = view
         result = np.frombuffer(segment.buffer, buf.dtype, send.elements, place).reshape(np.shape(buf))
         result.flags.writeable = False
         fingerprint = Fingerprint("Allreduce_view", op_name, str(send.elements), send.kind)
         ends = send.address, segment.address + place
         into_segment = partial(shared.bind_allreduce, *ends, send.elements, send.kind, op_name, once=True)
         run, text = self.bind_shared(fingerprint, into_segment), text_of(fingerprint, "shared")
-        return self.keep(key, Plan(run, result=result, text=text))
+        plan = self.keep(key, Plan(run, result=result, text=text))
+        plans.append(plan)
+        return plan
 
     def bind_reproducible(
         self, key: Hashable, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op

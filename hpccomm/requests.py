@@ -27,8 +27,9 @@ from mpi4py import MPI
 from hpccomm.arrays import is_on_device
 from hpccomm.calls import operations
 from hpccomm.calls.blocks import SIGNATURES, total_bytes
-from hpccomm.calls.buffers import Buffer, pad_last
+from hpccomm.calls.buffers import Buffer, pad_last, read_integers
 from hpccomm.calls.call import Call
+from hpccomm.calls.entry import FREED
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.calls.reader import Reader, is_in_place
 from hpccomm.errors import ArgumentError, HpccommError
@@ -131,6 +132,8 @@ def start_beside(name: str, blocking: Callable[..., None]) -> Callable[..., MPI.
         given = form.bind(self, *args, **named)
         given.apply_defaults()
         _, *arguments = given.arguments.items()
+        if self == MPI.COMM_NULL:
+            raise ArgumentError(FREED)
         if has_thread():
             return start_ours(self, name, dict(arguments), blocking)
         return start_native(self, name, dict(arguments), native)
@@ -246,10 +249,9 @@ def compare_quietly(comm: Any, fingerprint: Fingerprint) -> Callable[[bool], Non
     table = comm._context.consistency if comm._context else None
     if table is None:
         return lambda waits: None
-    table.begin(table.announce(fingerprint))
-    table.compare_entries()  # ranks of other nodes are not waited for
-    number = table.active_seq
-    table.abandon()
+    with table.entered:  # ranks of other nodes are not waited for
+        table.begin(table.announce(fingerprint))
+        number = table.active_seq
 
     def compare(waits: bool) -> None:
         with suppress(ValueError):  # the communicator has been freed
@@ -275,10 +277,10 @@ def compare_at_init(name: str) -> Callable[..., MPI.Prequest]:
 
 def make_request(comm: Any, name: str, native: Callable[..., Any], given: dict[str, Any]) -> Any:
     """Check the call, compare it with those of the other ranks, and let MPI make the request."""
-    refuse_own_arguments(comm, f"{name}_init", given, "a persistent call")
-    fingerprint, arguments = read_call(comm, name, given, f"{name}_init", for_mpi=True)
     made: list[MPI.Prequest] = []
     with comm.context.call(f"{name}_init"):
+        refuse_own_arguments(comm, f"{name}_init", given, "a persistent call")
+        fingerprint, arguments = read_call(comm, name, given, f"{name}_init", for_mpi=True)
         comm._planner.guard(fingerprint, lambda: made.append(native(comm, *arguments.values())), True)()
     return made[0]
 
@@ -301,11 +303,15 @@ def read_call(
 ) -> tuple[Fingerprint, dict[str, Any]]:
     """Check the arguments of a call; returns its fingerprint, and with ``for_mpi`` its arguments as MPI takes them."""
     planner, who = comm._planner, f"rank {comm.rank}: {spelling}"
-    op, root, arguments, buffers = given.get("op"), given.get("root"), dict(given), {}
-    if op is not None:
+    arguments, buffers = dict(given), {}
+    op: Any = given.get("op")
+    root: Any = given.get("root")
+    if "op" in given:
         arguments["op"] = op = operations.read_op(op, who) if for_mpi else operations.resolve(op, who).op
-    if root is not None:
-        planner.reader.check_root(root, who)
+    if "root" in given:
+        arguments["root"] = root = planner.reader.check_root(root, who)
+    if given.get("recvcounts") is not None:
+        arguments["recvcounts"] = read_integers(given["recvcounts"], "recvcounts", who)
     form = SIGNATURES[name]
     ignored = {RECV: form.recv_at_root, SEND: form.send_at_root}
     for key in (SEND, RECV, BUF):
@@ -317,8 +323,20 @@ def read_call(
         read = read_for_mpi if for_mpi else read_for_thread
         buffers[key] = read(planner, given[key], op, who)
         arguments[key] = buffers[key].raw
+    if for_mpi and buffers:
+        check_as_blocking(planner.reader, name, {**given, **{key: arguments[key] for key in form.arguments}}, who)
     compared = [(key, buffers[key]) for key in COMPARED[name]]
     return describe(name, spelling, compared, comm.size, op, root), arguments
+
+
+def check_as_blocking(reader: Reader, name: str, given: dict[str, Any], who: str) -> None:
+    """Refuse what the blocking call refuses: MPI's own requests read and write beyond short buffers."""
+    form = SIGNATURES[name]
+    buffers = reader.significant(name, given.get(SEND), given.get(RECV, given.get(BUF)), given.get("root"))
+    try:
+        reader.read(name, *buffers, *(given[each] for each in form.arguments), None)
+    except ArgumentError as error:
+        raise ArgumentError(str(error).replace(reader.call_label(name), who, 1)) from None
 
 
 def read_for_mpi(planner: Any, given: Any, op: MPI.Op | None, who: str) -> Buffer:

@@ -21,6 +21,7 @@ from test_compressors import ALL
 import hpccomm
 from hpccomm.algorithms.compression.format import HEADER_BYTES
 from hpccomm.algorithms.error_feedback import unpack_messages
+from hpccomm.algorithms.row_sparse import RowCode
 from hpccomm.collectives.compressed.onebit import decode_signs, encode_signs
 from hpccomm.collectives.compressed.sparse import add_vector, octets_of, pack_vector, pairs_in
 from hpccomm.errors import ArgumentError
@@ -60,6 +61,21 @@ def unpack(message: Any, out: Any) -> None:
         COMPRESSORS[0].decode(each, out)
 
 
+TABLE = RowCode(hpccomm.Bucket({"w": (3,), "table": (50, 4)}), ["table"], slice(0, N))
+"""A table of 50 rows behind three numbers."""
+
+
+def rows_of(vector: Any) -> Any:
+    """The message of a vector in which one row in ten is not zero."""
+    few = vector.copy()
+    few[3:].reshape(50, 4)[np.arange(50) % 10 > 0] = 0
+    return TABLE.encode(few)
+
+
+def add_rows(message: Any, out: Any) -> None:
+    out[...] = TABLE.decode(message, out.dtype)
+
+
 def decoders() -> list[Decoder]:
     """All of them."""
     vector = gradient()
@@ -73,6 +89,8 @@ def decoders() -> list[Decoder]:
         Decoder("packed sparse", pack_vector(indices, vector[indices], N).tobytes(), add_vector),
         Decoder("packed dense", pack_vector(np.arange(N, dtype=np.uint32), vector, N).tobytes(), add_vector),
         Decoder("signs", encode_signs(np.zeros_like(vector), vector, 1.0).tobytes(), add_bits),
+        Decoder("few rows", rows_of(vector).tobytes(), add_rows),
+        Decoder("all rows", TABLE.encode(vector).tobytes(), add_rows),
         Decoder("several", np.concatenate([lengths, part, part]).tobytes(), unpack),
     ]
 

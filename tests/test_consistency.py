@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 
 from hpccomm.calls import consistency
+from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.consistency import ConsistencyTable
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
 from hpccomm.errors import MismatchError
+from hpccomm.kernels.entry.records import NOT_COMPARED
 
 SUM = Fingerprint("Allreduce", "sum", "8", "float32", "", "C", "")
 
@@ -90,6 +93,76 @@ def test_an_earlier_rank_raises_when_it_leaves(node: MakeTables) -> None:
         late.enter(late.announce(SUM._replace(count="4")))
     with pytest.raises(MismatchError, match="rank 1 called"):
         early.leave()
+
+
+ROOT_0, ROOT_1 = (Fingerprint("Bcast", "", "8", "float64", root, "C") for root in "01")
+
+
+def make_call(table: ConsistencyTable, call: Fingerprint, body: Callable[[], object] = lambda: None) -> str:
+    """A call that waits for nobody; returns the error's sentence, if there is one."""
+    try:
+        with table.entered:
+            table.enter(table.announce(call))
+            body()
+    except MismatchError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_has_completed_a_call_is_told_once_that_another_one_refuses_it(node: MakeTables) -> None:
+    tables = node(3)
+    assert make_call(tables[0], ROOT_0) == ""
+    assert tables[0].is_ahead()
+    assert tables[0].find_refusal() == ""
+    assert "rank 1 called Bcast(8 float64, root=1)" in make_call(tables[1], ROOT_1)
+    assert tables[0].find_refusal() == (
+        "rank 0: the ranks' calls were different in one that this rank has completed: rank 0 called "
+        "Bcast(8 float64, root=0), rank 1 called Bcast(8 float64, root=1): name the same root on all ranks "
+        "(noticed by rank 0)"
+    )
+    assert tables[0].is_ahead(), "rank 2 has not called it yet"
+    assert "ranks 0, 2 called Bcast(8 float64, root=0)" in make_call(tables[2], ROOT_0)
+    assert not tables[0].is_ahead()
+    assert [table.find_refusal() for table in tables] == [""] * 3, "those that raised have said it"
+    assert [make_call(table, ROOT_1) for table in tables] == [""] * 3
+    assert [table.find_refusal() for table in tables] == [""] * 3
+
+
+def test_a_rank_is_not_ahead_of_one_that_has_left_or_that_makes_the_same_calls(node: MakeTables) -> None:
+    early, late = node(2)
+    make_call(early, ROOT_0)
+    late.begin(late.announce(ROOT_0))
+    assert early.is_ahead(), "it has not left the call"
+    late.leave()
+    assert not early.is_ahead()
+    make_call(early, ROOT_0)
+    late.mark_left()
+    assert not early.is_ahead()
+
+
+def test_a_rank_that_has_failed_in_a_call_and_left_has_not_completed_it(node: MakeTables) -> None:
+    gone, here = node(2)
+    with pytest.raises(SystemExit):
+        make_call(gone, SUM, lambda: sys.exit(0))
+    assert not gone.is_ahead()
+    here.enter(here.announce(SUM))
+    assert here.deadlock_reason() is None
+    gone.mark_left()
+    assert "rank 0 has left the program, rank 1 waits in Allreduce" in str(here.deadlock_reason())
+
+
+def test_what_one_rank_sends_is_compared_with_what_the_other_receives(node: MakeTables) -> None:
+    here, there = node(2)
+    call = Fingerprint("Gatherv", "", "", "float64", "0")
+    here.begin(here.announce(call), Amounts((NOT_COMPARED, NOT_COMPARED), (NOT_COMPARED, 32)))
+    there.begin(there.announce(call), Amounts((24, NOT_COMPARED), (NOT_COMPARED, NOT_COMPARED)))
+    for table in (here, there):
+        with pytest.raises(
+            MismatchError, match=r"rank 1 called .* sends 3 float64 to rank 0, which receives 4 from it"
+        ):
+            table.leave()
+    assert here.explain_amounts(1, (8, 16), (16, 8)) == ""
+    assert "rank 0 called" in here.explain_amounts(1, (8, 16), (16, 0))
 
 
 def test_all_ranks_raise_in_lockstep(node: MakeTables) -> None:

@@ -273,7 +273,7 @@ FEW, MANY = device_selection.MANY_BYTES - 1, device_selection.MANY_BYTES
 def test_long_calls_use_the_fastest_transport_and_short_ones_avoid_barriers() -> None:
     def body(comm: Any) -> None:
         transports = find_transports(comm)
-        assert transports.describe() == dict.fromkeys(device_selection.ROWS, "yes")
+        assert transports.describe() == dict.fromkeys(device_selection.device_rows(), "yes")
         assert transports.choose(MANY, {"nccl", "ipc", "aware", "staged"}) == "nccl"
         assert transports.choose(MANY, {"ipc", "aware", "staged"}) == "ipc"
         assert transports.choose(MANY, {"aware", "staged"}) == "aware"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import signal
 import subprocess
 import textwrap
@@ -15,7 +17,8 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm import ArgumentError, Communicator
-from hpccomm.calls.departures import Launchers, stat_of
+from hpccomm.calls.departures import Launchers
+from hpccomm.observe.processes import find_process
 from hpccomm.testing.jobs import run_under_mpi, start
 
 Call = Callable[[Communicator], Any]
@@ -89,6 +92,8 @@ REFUSED: dict[str, tuple[Call, str]] = {
     "a dict": (lambda c: c.Allreduce({}, np.ones(3)), "has no memory"),
     "a number": (lambda c: c.Bcast(3), "has no memory"),
     "a text": (lambda c: c.Bcast("abc"), "has no memory"),
+    "an unknown code of a datatype": (lambda c: c.Bcast([np.ones(1), "11"]), "no datatype '11': pass an MPI.Datatype"),
+    "no datatype": (lambda c: c.Allgather([np.ones(1), MPI.DATATYPE_NULL], np.ones(c.size)), "is null or freed"),
     "a root of 1.5": (lambda c: c.Bcast(np.ones(1), 1.5), "not a rank"),
 }
 
@@ -104,6 +109,89 @@ def test_a_wrong_argument_is_refused_before_the_first_message(comm: Communicator
             call(comm)
         assert f"rank {comm.rank}" in str(refused.value)
     comm.Barrier()
+
+
+NO_COUNTS: dict[str, Callable[[int], Any]] = {
+    "fractions": lambda p: [1.5] * p,
+    "whole floats": lambda p: [1.0] * p,
+    "no number": lambda p: [float("nan")] * p,
+    "None": lambda p: [None] * p,
+    "a generator": lambda p: (1 for _ in range(p)),
+    "a set": lambda p: set(range(p)),
+    "lists": lambda p: [[1]] * p,
+    "a matrix": lambda p: np.ones((p, 1), int),
+    "an array of floats": np.ones,
+}
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize("kind", NO_COUNTS)
+def test_counts_that_are_no_whole_numbers_are_refused(comm: Communicator, kind: str) -> None:
+    p, one = comm.size, np.ones(1)
+    for call in (
+        lambda counts: comm.Allgatherv(one, [np.ones(p), counts]),
+        lambda counts: comm.Gatherv(one, [np.ones(p), counts], comm.rank),
+        lambda counts: comm.Alltoallv([np.ones(p), counts], [np.ones(p), [1] * p]),
+        lambda counts: comm.Allgatherv(one, [np.ones(p), [1] * p, counts, MPI.DOUBLE]),
+        lambda counts: comm.Reduce_scatter(np.ones(p), one, counts),
+        lambda counts: comm.Iallgatherv(one, [np.ones(p), counts]),
+        lambda counts: comm.Ireduce_scatter(np.ones(p), one, counts),
+        lambda counts: comm.Allgatherv_init(one, [np.ones(p), counts]),
+    ):
+        with pytest.raises(ArgumentError, match=r"whole number, or a list of one for each rank"):
+            call(NO_COUNTS[kind](p))
+    comm.Barrier()
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize("root", [float("nan"), None, "0", -1, 2**70, 0.0, [0]])
+def test_a_root_that_is_no_rank_is_refused_by_every_call(comm: Communicator, root: Any) -> None:
+    x = np.ones(2)
+    for call in (
+        lambda: comm.Bcast(x, root),
+        lambda: comm.Gather(x, np.ones(4), root),
+        lambda: comm.Reduce(x, np.ones(2), root=root),
+        lambda: comm.Scatterv([x, [1, 1]], np.ones(1), root),
+        lambda: comm.bcast(1, root),
+        lambda: comm.reduce(1, root=root),
+        lambda: comm.gather(1, root),
+        lambda: comm.scatter([1, 2], root),
+        lambda: comm.Ibcast(x, root),
+        lambda: comm.Bcast_init(x, root),
+    ):
+        with pytest.raises(ArgumentError, match="is not a rank"):
+            call()
+    comm.Barrier()
+
+
+@pytest.mark.mpi(sizes=(1, 2))
+@pytest.mark.parametrize("used", [False, True])
+def test_calls_of_a_communicator_that_was_freed_are_refused(comm: Communicator, used: bool) -> None:
+    made, x = comm.Dup(), np.ones(2)
+    if used:
+        for _ in range(3):
+            made.Allreduce(x, np.ones(2))
+            made.Bcast(x)
+    made.Free()
+    for call in (
+        lambda: made.Allreduce(x, np.ones(2)),
+        lambda: made.Bcast(x),
+        lambda: made.Gather(x, np.ones(4)),
+        lambda: made.Reduce(x, np.ones(2)),
+        made.Barrier,
+        lambda: made.allreduce(1),
+        lambda: made.bcast(1),
+        lambda: made.Iallreduce(x, np.ones(2)),
+        lambda: made.Allreduce_init(x, np.ones(2)),
+        lambda: made.layout,
+        lambda: made.intra_node,
+        lambda: made.algorithms("allreduce"),
+        lambda: made.empty(3),
+        lambda: made.Allreduce_view(x),
+        lambda: made.sparse_allgather(np.zeros(1, "u4"), np.ones(1, "f4"), 9),
+    ):
+        with pytest.raises(ArgumentError, match="has been freed: make a new one"):
+            call()
 
 
 @pytest.mark.mpi(sizes=(2, 3))
@@ -245,6 +333,22 @@ def test_views_of_arrays_that_are_made_again_at_other_addresses(comm: Communicat
         del x, hole
 
 
+@pytest.mark.mpi(sizes=(2, 3))
+def test_what_a_view_needs_is_freed_with_its_array(comm: Communicator) -> None:
+    """The plan that made it stays in the cache."""
+
+    def make_view() -> None:
+        x = comm.zeros(5000)
+        comm.Allreduce_view(x)
+
+    make_view()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        make_view()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
 @pytest.mark.mpi(sizes=(1, 2))
 def test_an_array_can_be_resized_after_a_call(comm: Communicator) -> None:
     x, y = np.ones(4), np.empty(4)
@@ -354,6 +458,49 @@ def test_a_rank_that_misses_the_first_collective_is_named() -> None:
     assert "missing: rank 1" in said
 
 
+GOES_ON = {
+    "Bcast": 'comm.Bcast(x, root, algorithm="native")',
+    "Scatter": "comm.Scatter(wide if comm.rank == root else None, y, root)",
+    "Scatterv": "comm.Scatterv([wide, [4] * p] if comm.rank == root else None, y, root)",
+    "bcast": "comm.bcast(1, root)",
+    "scatter": "comm.scatter([1] * p if comm.rank == root else None, root)",
+    "Scan": "comm.Scan(x, y, op)",
+    "Exscan": "comm.Exscan(x, y, op)",
+    "Ibcast": "comm.Ibcast(x, root).Wait()",
+}
+"""Calls that rank 0 can complete before the others have made theirs."""
+
+NOT_TOLD = """
+p, wide, y = comm.size, np.ones(4 * comm.size), np.empty(4)
+def call(root, op):
+    CALL
+for _ in range(2): call(0, MPI.SUM)
+comm.Barrier()
+time.sleep(0.5 * odd)
+try:
+    call(comm.rank % 2, MPI.MAX if odd else MPI.SUM)
+except hpccomm.MismatchError as error:
+    print(f"rank {comm.rank} raised: {error}", flush=True)
+"""
+
+
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize("name", GOES_ON)
+def test_a_rank_that_has_completed_a_call_is_told_that_others_refuse_it(name: str) -> None:
+    """Also a rank whose program ends with the call."""
+    for end in ("", "MPI.Finalize()"):
+        _, said = run_job(3, NOT_TOLD.replace("CALL", GOES_ON[name]) + end)
+        assert "rank 1 raised" in said, said
+        told = "rank 0: the ranks' calls were different in one that this rank has completed: ranks? 0"
+        assert re.search(told, said) or "rank 0 raised" in said, said
+        assert re.search(rf"rank 1 called I?{name}\(.*noticed by rank 0", said), said
+
+
+def test_a_rank_is_told_once_while_it_goes_on() -> None:
+    status, said = run_job(2, NOT_TOLD.replace("CALL", GOES_ON["Bcast"]) + "\ntime.sleep(1.5)")
+    assert (status, said.count("this rank has completed"), said.count("raised")) == (0, 1, 1), said
+
+
 def test_no_rank_outlives_its_launcher() -> None:
     body = """
     comm.Barrier()
@@ -365,19 +512,19 @@ def test_no_rank_outlives_its_launcher() -> None:
     ranks = [int(process.stdout.readline()) for _ in range(3)]
     os.kill(process.pid, signal.SIGKILL)
     until = time.monotonic() + 10
-    while any(stat_of(rank)[2] for rank in ranks) and time.monotonic() < until:
+    while any(find_process(rank).started for rank in ranks) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not any(stat_of(rank)[2] for rank in ranks)
+    assert not any(find_process(rank).started for rank in ranks)
     process.stdout.close()
     process.wait()
 
 
 def test_a_launcher_that_is_gone_is_noticed() -> None:
     process = subprocess.Popen(["/bin/sleep", "60"])
-    name, parent, started = stat_of(process.pid)
+    found = find_process(process.pid)
     launchers = Launchers()
-    launchers._found = {process.pid: started}
-    assert (name, parent, launchers.describe_loss()) == ("sleep", os.getpid(), "")
+    launchers._found = {process.pid: found.started}
+    assert (found.name, found.parent, launchers.describe_loss()) == ("sleep", os.getpid(), "")
     process.kill()
     process.wait()
     assert f"the launcher (process {process.pid}) is gone" in launchers.describe_loss()

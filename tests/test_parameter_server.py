@@ -14,6 +14,8 @@ from hpccomm.algorithms.exchange import synchronous_sgd
 from hpccomm.algorithms.parameter_server import (
     HEADER,
     PUSH,
+    REPLY,
+    TAG,
     Ledger,
     ParameterServer,
     Push,
@@ -22,10 +24,12 @@ from hpccomm.algorithms.parameter_server import (
     rules_of,
     timeline,
 )
+from hpccomm.algorithms.row_sparse import RowCode
 from hpccomm.algorithms.transforms import Transform, chain, momentum, scale
+from hpccomm.buckets import Bucket
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind, even_cuts
-from hpccomm.errors import ArgumentError, HpccommError
+from hpccomm.errors import ArgumentError, HpccommError, MismatchError
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
@@ -574,6 +578,63 @@ def test_a_gradient_that_cannot_be_pushed_is_refused_before_any_message(gradient
 
     report, final = run_on_ranks(2, body)
     assert (report.version, final.tolist()) == (0, [0, 0, 0])
+
+
+TABLE = Bucket({"w": (2,), "table": (4, 2)})
+FEW_ROWS = RowCode(TABLE, ["table"], slice(0, 10))
+UNREADABLE: dict[str, tuple[Vector, bool, str]] = {
+    "a short header": (np.zeros(5, "u1"), False, "a message of 5 bytes from rank 1 is no message of a parameter"),
+    "an unknown request": (pack_message(77, 0, 0, np.zeros(0, "u1")), False, "32 bytes from rank 1 is no message"),
+    "a reply to a server": (pack_message(REPLY, 0, 0, np.zeros(0, "u1")), False, "32 bytes from rank 1 is no message"),
+    "other weights": (
+        pack_message(PUSH, 0, 0, np.zeros(5, "u1")),
+        False,
+        "rank 0: .*push of rank 1 cannot be read: 5 bytes for 10 elements of float64: pass the same weights",
+    ),
+    **{
+        name: (pack_message(PUSH, 0, 0, message), True, f"push of rank 1 cannot be read: .*{why}.*pass the same bucket")
+        for name, message, why in (
+            ("no count", np.zeros(3, "u1"), "3 bytes is too short for the rows of 1 tensor in 10 elements"),
+            ("too many rows", np.int64([5]).view("u1"), "has 5 rows of 4"),
+            ("a negative count", np.int64([-2]).view("u1"), "has -2 rows of 4"),
+            ("a row outside", np.concatenate([np.int64([1]).view("u1"), np.uint32([4]).view("u1")]), "not below 4"),
+            (
+                "rows out of order",
+                np.concatenate([np.int64([2]).view("u1"), np.uint32([2, 1]).view("u1")]),
+                "rows out of order",
+            ),
+            ("cut", FEW_ROWS.encode(np.ones(10))[:-1], "is too short"),
+            ("more", np.concatenate([FEW_ROWS.encode(np.ones(10)), np.zeros(8, "u1")]), "is too long"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_message_that_cannot_be_read_is_named_with_its_rank(name: str) -> None:
+    message, by_rows, why = UNREADABLE[name]
+
+    def body(comm: Any) -> None:
+        ps = ParameterServer(comm, np.zeros(10), DESCENT, rows=(TABLE, ["table"]) if by_rows else None)
+        if not ps.serves:
+            return ps.comm.Send(message, 0, TAG)
+        with pytest.raises(MismatchError, match=why):
+            ps.serve()
+        return None
+
+    run_on_ranks(2, body)
+
+
+def test_a_reply_of_other_weights_is_named_with_its_rank() -> None:
+    def body(comm: Any) -> None:
+        ps = ParameterServer(comm, np.zeros(10), DESCENT)
+        if ps.serves:
+            return ps.comm.Send(pack_message(REPLY, 0, 0, np.zeros(7, "u1")), 1, TAG)
+        with pytest.raises(MismatchError, match=r"rank 1: .*reply of rank 0 cannot be read: 7 bytes for 10 elements"):
+            ps.pull()
+        return None
+
+    run_on_ranks(2, body)
 
 
 # Without servers: the tree and the butterfly on four ranks

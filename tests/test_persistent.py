@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_requests_may_be_started_in_any_order(comm: Communicator) -> None:
         ("Allreduce_init", (np.ones(8), np.ones(8)), (np.ones(8), np.ones(8), "max"), "same operation"),
         ("Bcast_init", (np.ones(8), 0), (np.ones(8), 1), "same root"),
         ("Bcast_init", (np.ones(8), 0), (np.ones(7), 0), "counts the same"),
-        ("Gather_init", (np.ones(8), np.ones(24)), (np.ones(9), np.ones(27)), "counts the same"),
+        ("Gather_init", (np.ones(8), [np.ones(24), 8]), (np.ones(9), [np.ones(27), 9]), "counts the same"),
     ],
 )
 def test_ranks_that_make_different_requests_are_named(
@@ -128,3 +129,66 @@ def test_the_default_algorithm_of_a_communicator_does_not_reach_requests(comm: C
         request.Wait()
         assert np.array_equal(y, sum(numbers(rank) for rank in range(comm.size)))
         request.Free()
+
+
+def overlapping(n: int) -> tuple[Any, Any]:
+    """Two arrays that share all but one element."""
+    whole = np.ones(n + 1)
+    return whole[:-1], whole[1:]
+
+
+def read_only(n: int) -> Any:
+    made = np.ones(n)
+    made.flags.writeable = False
+    return made
+
+
+REFUSED: dict[str, tuple[str, Callable[[Communicator], tuple[Any, ...]], str]] = {
+    "two dtypes": ("Allreduce", lambda c: (np.ones(4, "f4"), np.ones(4)), "make both the same"),
+    "two lengths": ("Allreduce", lambda c: (np.ones(4), np.ones(3)), "make both the same"),
+    "buffers that overlap": ("Allreduce", lambda c: overlapping(4), "overlap"),
+    "a read-only array": ("Allreduce", lambda c: (np.ones(4), read_only(4)), "read-only"),
+    "a short Allgather": ("Allgather", lambda c: (np.ones(4), np.ones(3 * c.size)), "make|receives|room"),
+    "two memory orders": ("Allgather", lambda c: (np.ones(2), np.asfortranarray(np.ones((2, c.size)))), "Fortran"),
+    "an uneven Gather": ("Gather", lambda c: (np.ones(4), np.ones(4 * c.size + 1), c.rank), "multiple"),
+    "a short Gather": ("Gather", lambda c: (np.ones(4), np.ones(3 * c.size), c.rank), "make both the same"),
+    "blocks beyond the buffer": (
+        "Alltoallv",
+        lambda c: ([np.ones(c.size), [2] * c.size], [np.ones(c.size), [2] * c.size]),
+        "pass a longer buffer",
+    ),
+    "blocks that overlap": (
+        "Alltoallv",
+        lambda c: (
+            [np.ones(2 * c.size), [2] * c.size],
+            [np.ones(2 * c.size), [2] * c.size, [0] * c.size, MPI.DOUBLE],
+        ),
+        "overlap",
+    ),
+    "counts that do not fit": ("Reduce_scatter", lambda c: (np.ones(2 * c.size), np.ones(2), [3] * c.size), "agree"),
+    "a generator of counts": (
+        "Reduce_scatter",
+        lambda c: (np.ones(2 * c.size), np.ones(2), (2 for _ in range(c.size))),
+        "a list of one for each rank",
+    ),
+    "a root that is no number": ("Bcast", lambda c: (np.ones(1), float("nan")), "not a rank"),
+    "no root": ("Bcast", lambda c: (np.ones(1), None), "not a rank"),
+    "no operation": ("Scan", lambda c: (np.ones(1), np.ones(1), None), "not an operation"),
+    "a count beyond the buffer": ("Bcast", lambda c: ([np.ones(4), 2**40, MPI.DOUBLE],), "pass a longer buffer"),
+    "a maximum of complex numbers": (
+        "Allreduce",
+        lambda c: (np.ones(2, "c16"), np.ones(2, "c16"), MPI.MAX),
+        "not define max",
+    ),
+}
+"""Wrong arguments, which MPI answers with errors of its own, or reads and writes beyond short buffers."""
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_what_the_blocking_call_refuses_is_refused(comm: Communicator, mistake: str) -> None:
+    name, make, remedy = REFUSED[mistake]
+    with pytest.raises(ArgumentError, match=remedy) as error:
+        getattr(comm, f"{name}_init")(*make(comm))
+    assert str(error.value).startswith(f"rank {comm.rank}: {name}_init")
+    comm.Barrier()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,41 @@ def test_a_stall_is_reported_once_by_all_ranks_together_and_again_later() -> Non
     found = reports_in(said)
     assert 1 <= len(found) <= 3, said
     check_report(found[0])
+
+
+LEVELS = {
+    "inter_node": ("comm.inter_node", "inter-node ranks 1,3 of ranks 0-3", 1),
+    "intra_node": ("comm.intra_node", "intra-node ranks 2-3 of ranks 0-3", 1),
+    "a level of a level": ("comm.intra_node.intra_node", "intra-node ranks 0-1 of intra-node ranks 2-3 of", 1),
+    "Split": ("comm.Split(comm.rank % 2, comm.rank)", "ranks 1,3", 1),
+    "Dup": ("comm.Dup()", "ranks 0-3 #2", 3),
+    "Create_cart": ("comm.Create_cart([4])", "ranks 0-3 #3", 3),
+}
+"""Communicators made from one of two nodes: label and rank where rank 3 of the world is."""
+
+
+def test_stalls_of_levels_and_derived_communicators_are_reported() -> None:
+    makers = [maker for maker, _, _ in LEVELS.values()]
+    status, said = run_job(
+        4,
+        f"""
+        two_nodes()
+        comm, x = hpccomm.Communicator(MPI.COMM_WORLD), np.ones(8)
+        made = [make(comm) for make in ({"".join(f"lambda comm: {each}," for each in makers)})]
+        for each in made: each.Allreduce(MPI.IN_PLACE, x)
+        os.environ["HPCCOMM_STALL_SECONDS"] = "0.5"
+        for each in made:
+            comm.Barrier()
+            if comm.rank == 3: time.sleep(2)
+            each.Allreduce(MPI.IN_PLACE, x)
+        """,
+    )
+    assert status == 0, said
+    for name, (_, label, rank) in LEVELS.items():
+        found = re.search(rf"call 2 of {re.escape(label)}.*not complete after .*; missing: rank {rank}\n.*\n", said)
+        assert found, (name, said)
+        assert f"rank {rank}: in no call since Allreduce" in found[0]
+        assert "in <module>" in found[0]
 
 
 def test_a_stopped_rank_is_named_and_goes_on() -> None:
@@ -325,6 +361,33 @@ def test_a_communicator_has_one_number_on_all_ranks(comm: Communicator) -> None:
     made = [comm.context.recorded.number, comm.Dup().context.recorded.number]
     assert len({tuple(each) for each in comm.allgather(made)}) == 1
     assert len(set(made)) == 2
+
+
+class SlowWords:
+    """The words of a ring, of which every reader is interrupted by another thread."""
+
+    def __init__(self, words: Any) -> None:
+        self._words = words
+
+    def __getitem__(self, at: int) -> int:
+        found = self._words[at]
+        time.sleep(1e-4)
+        return int(found)
+
+    def __setitem__(self, at: int, value: int) -> None:
+        self._words[at] = value
+
+
+def test_threads_never_get_the_same_number() -> None:
+    made, numbers = Recorder(length=128), list[int]()
+    made.ring.words = SlowWords(made.ring.words)  # type: ignore[assignment]
+    begin = [threading.Thread(target=lambda: numbers.append(made.begin(0, 0, 0, 0, -1)[0])) for _ in range(64)]
+    for each in begin:
+        each.start()
+    for each in begin:
+        each.join()
+    assert sorted(numbers) == list(range(1, 65))
+    made.ring.words = made.ring.words._words  # type: ignore[attr-defined]
 
 
 def test_a_call_that_later_ones_have_overwritten_ends_without_harm() -> None:

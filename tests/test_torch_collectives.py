@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from datetime import timedelta
+from functools import partial, reduce
 from typing import Any
 
 import pytest
@@ -153,6 +154,43 @@ def test_moves_into_one_tensor_keep_the_bytes(dtype: Any, asynchronous: bool) ->
         finish(dist.all_to_all_single(row, sent, async_op=asynchronous), asynchronous)
         parts = [numbers(q + 2 * rank, shape, dtype).view(torch.uint8) for q in range(size)]
         assert same(row, torch.cat(parts).view(dtype))
+
+
+def test_torchs_forms_for_one_tensor() -> None:
+    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    own, root = torch.full((3,), rank + 1.0), size - 1
+    everyone, total = [torch.full((3,), r + 1.0) for r in range(size)], size * (size + 1) / 2
+    x = own.clone()
+    group.allreduce(x).wait()
+    assert torch.equal(x, torch.full((3,), total))
+    for options in ((Op.MAX,), (Op(Op.MAX),)):
+        x = own.clone()
+        group.allreduce(x, *options).wait()
+        assert torch.equal(x, everyone[-1])
+    for named in ({"op": Op.MIN}, {"op": Op.MIN, "timeout": timedelta(seconds=60)}):
+        x = own.clone()
+        group.allreduce([x], **named).wait()
+        assert torch.equal(x, everyone[0])
+    x = own.clone()
+    group.broadcast(x, root).wait()
+    assert torch.equal(x, everyone[root])
+    for arguments, named, result in (((), {"root": root}, total), ((root, Op.MAX), {}, float(size))):
+        x = own.clone()
+        group.reduce(x, *arguments, **named).wait()
+        assert rank != root or torch.equal(x, torch.full((3,), result))
+    gathered = [torch.zeros(3) for _ in range(size)]
+    group.allgather(gathered, own).wait()
+    assert all(map(torch.equal, gathered, everyone))
+    gathered = [torch.zeros(3) for _ in range(size)] if rank == root else []
+    group.gather(gathered, own, root=root).wait()
+    assert rank != root or all(map(torch.equal, gathered, everyone))
+    x = torch.zeros(3)
+    group.scatter(x, everyone if rank == root else [], root).wait()
+    assert torch.equal(x, own)
+    group.reduce_scatter(x, everyone, Op.SUM).wait()
+    assert torch.equal(x, own * size)
+    group.reduce_scatter(x, everyone).wait()
+    assert torch.equal(x, own * size)
 
 
 def test_blocks_of_different_lengths(asynchronous: bool) -> None:
@@ -405,8 +443,6 @@ def test_a_callback_of_a_future_may_make_calls_and_wait_for_them() -> None:
 
 
 def test_a_receive_that_is_late_and_a_group_that_was_destroyed() -> None:
-    from datetime import timedelta
-
     rank, size = dist.get_rank(), dist.get_world_size()
     if size > 1:
         work = dist.irecv(torch.ones(3), (rank + 1) % size, tag=99)
@@ -466,17 +502,37 @@ MISTAKES: dict[str, tuple[Callable[[int, int], Any], type[Exception], str]] = {
         MismatchError,
         r"(Barrier\(\).*Allreduce\(|Allreduce\(.*Barrier\(\))",
     ),
-    "average and sum": (
-        lambda rank, size: dist.all_reduce(torch.ones(8), Op.AVG if rank == 1 else Op.SUM),
-        MismatchError,
-        r"(avg|sum), 8 float32.*(avg|sum), 8 float32.*: use the same operation on all ranks",
-    ),
-    "average and sum in parts": (
-        lambda rank, size: dist.reduce_scatter_tensor(
-            torch.ones(8), torch.ones(8 * size), Op.AVG if rank == 1 else Op.SUM
-        ),
-        MismatchError,
-        "use the same operation",
+    **{
+        f"{name} and sum in {where}": (
+            partial(call, op),
+            MismatchError,
+            rf"rank 1 called [\w ]+\({name}, .*: (use the same operation|cast)",
+        )
+        for name, op in {"avg": Op.AVG, "premul_sum": dist._make_nccl_premul_sum(2.0)}.items()
+        for where, call in {
+            "all": lambda op, rank, size: dist.all_reduce(torch.ones(8), op if rank == 1 else Op.SUM),
+            "halves": lambda op, rank, size: dist.all_reduce(torch.ones(8).half(), op if rank == 1 else Op.SUM),
+            "nothing": lambda op, rank, size: dist.all_reduce(torch.ones(0), op if rank == 1 else Op.SUM),
+            "complex numbers": lambda op, rank, size: dist.all_reduce(
+                torch.ones(8, dtype=torch.complex64), op if rank == 1 else Op.SUM
+            ),
+            "parts": lambda op, rank, size: dist.reduce_scatter_tensor(
+                torch.ones(8), torch.ones(8 * size), op if rank == 1 else Op.SUM
+            ),
+            "uneven parts": lambda op, rank, size: dist.reduce_scatter(
+                torch.ones(8 + rank), [torch.ones(8 + r) for r in range(size)], op if rank == 1 else Op.SUM
+            ),
+            "the root": lambda op, rank, size: dist.reduce(torch.ones(7), 0, op if rank == 1 else Op.SUM),
+            "sparse tensors": lambda op, rank, size: dist.all_reduce(
+                torch.ones(8).to_sparse(), op if rank == 1 else Op.SUM
+            ),
+            "a long vector": lambda op, rank, size: dist.all_reduce(torch.ones(99_999), op if rank == 1 else Op.SUM),
+        }.items()
+    },
+    "a fraction of integers": (
+        lambda rank, size: dist.all_reduce(torch.ones(8, dtype=torch.int64), dist._make_nccl_premul_sum(0.5)),
+        ArgumentError,
+        r"PREMUL_SUM of int64 by 0\.5 would be float32: cast the tensor first",
     ),
     "blocks": (
         lambda rank, size: dist.all_gather_into_tensor(torch.empty((8 + rank % 2) * size), torch.ones(8 + rank % 2)),
@@ -511,11 +567,6 @@ MISTAKES: dict[str, tuple[Callable[[int, int], Any], type[Exception], str]] = {
             ),
         }.items()
     },
-    "average and sum at the root": (
-        lambda rank, size: dist.reduce(torch.ones(7), 0, Op.AVG if rank == 1 else Op.SUM),
-        MismatchError,
-        r"reduce\(sum, 7 float32, root=0\), rank 1 called reduce\(avg, 7 float32, root=0\): use the same operation",
-    ),
     "8-bit floats of two kinds": (
         lambda rank, size: dist.broadcast(torch.ones(8).to(torch.float8_e5m2 if rank == 1 else torch.float8_e4m3fn), 0),
         MismatchError,
@@ -595,8 +646,6 @@ def test_an_asynchronous_mistake_is_raised_by_wait() -> None:
 
 
 def test_monitored_barrier_names_missing_ranks() -> None:
-    from datetime import timedelta
-
     from hpccomm.torch import monitored_barrier
 
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -107,12 +107,149 @@ def test_a_mistake_ends_the_job_with_a_traceback(mistake: str, tmp_path: Path, e
         assert sentence in done.stderr, done.stderr
 
 
-def test_without_an_mpi_launcher_the_error_names_ours(tmp_path: Path, entry_point: dict[str, str]) -> None:
-    program = write(tmp_path, "dist.init_process_group('hpccomm')\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", program]
+def run_under_torchrun(
+    program: str, environ: dict[str, str], *more: str, ranks: int = 2
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *more, program]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100, check=False)
+
+
+TRAINING = """
+from functools import partial
+import hpccomm
+from hpccomm import gtc
+from hpccomm.torch import LARS, Options, compress  # MPI does not start here
+dist.init_process_group("hpccomm", pg_options=Options(reproducible=True))
+from mpi4py import MPI
+assert MPI.COMM_WORLD.rank == dist.get_rank()
+x = torch.full((3,), dist.get_rank() + 1.0)
+dist.all_reduce(x)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
+compress(model, partial(gtc, density=0.5))
+model(torch.ones(1, 4)).sum().backward()
+dist.barrier(dist.new_group())
+dist.destroy_process_group()
+dist.init_process_group("hpccomm")
+sys.stdout.write(f"sum {x[0]:g} of {dist.get_world_size()}\\n")
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_torchrun(ranks: int, tmp_path: Path, entry_point: dict[str, str]) -> None:
+    done = run_under_torchrun(write(tmp_path, TRAINING), entry_point, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"sum {ranks * (ranks + 1) // 2} of {ranks}"] * ranks
+
+
+def test_torchrun_starts_ranks_again(tmp_path: Path, entry_point: dict[str, str]) -> None:
+    text = """
+import os
+dist.init_process_group("hpccomm")
+dist.barrier()
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+if attempt < 2 and dist.get_rank() == attempt:
+    os.kill(os.getpid(), 9)
+dist.barrier()
+sys.stdout.write(f"attempt {attempt}\\n")
+"""
+    done = run_under_torchrun(write(tmp_path, text), entry_point, "--max-restarts", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["attempt 2"] * 2
+
+
+def test_processes_of_torch_multiprocessing(tmp_path: Path, entry_point: dict[str, str]) -> None:
+    text = """
+def main(rank, file):
+    dist.init_process_group("hpccomm", init_method=f"file://{file}", rank=rank, world_size=2)
+    x = torch.ones(1)
+    dist.all_reduce(x)
+    sys.stdout.write(f"sum {float(x)}\\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(main, (sys.argv[1],), 2)
+"""
+    command = [sys.executable, write(tmp_path, text), str(tmp_path / "store")]
     done = subprocess.run(command, env=entry_point, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["sum 2.0"] * 2
+
+
+REPRODUCIBLE = """
+import hashlib
+from hpccomm.torch import Options
+from hpccomm.train.torch_networks import GPT, gpt_loss
+
+PARTS, STEPS, CONTEXT = 4, 50, 16
+torch.set_num_threads(1)
+dist.init_process_group("hpccomm")
+exact = dist.new_group(pg_options=Options(reproducible=True))
+
+
+def part_of(step, k):
+    generator = torch.Generator().manual_seed(PARTS * step + k)
+    return torch.randint(256, (1, CONTEXT + 1), generator=generator)
+
+
+def flatten(tensors):
+    return torch.cat([each.detach().reshape(-1) for each in tensors])
+
+
+def train(dtype, group):
+    # each part of the batch has a gradient of its own, whichever rank computes it, and their sum is in dtype
+    torch.manual_seed(1)
+    model = GPT(layers=2, width=16, heads=2, context=CONTEXT)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    weights = list(model.parameters())
+    for step in range(STEPS):
+        total = torch.zeros(sum(each.numel() for each in weights), dtype=dtype)
+        for k in range(dist.get_rank(), PARTS, dist.get_world_size()):
+            total += flatten(torch.autograd.grad(gpt_loss(model, part_of(step, k)), weights))
+        dist.all_reduce(total, group=group)
+        for each, gradient in zip(weights, total.split([each.numel() for each in weights])):
+            each.grad = (gradient / PARTS).to(each.dtype).view_as(each)
+        optimizer.step()
+    return hashlib.sha256(flatten(weights).numpy()).hexdigest()
+
+
+sys.stdout.write(f"{train(torch.float64, exact)} {train(torch.float32, dist.group.WORLD)}\\n")
+"""
+
+
+def test_a_reproducible_training_ends_with_one_hash_on_1_2_and_4_ranks(
+    tmp_path: Path, entry_point: dict[str, str]
+) -> None:
+    program, found = write(tmp_path, REPRODUCIBLE), []
+    for ranks in (1, 2, 4):
+        done = run_under_mpi(ranks, program, environ=entry_point)
+        assert done.returncode == 0, done.stderr
+        lines = set(done.stdout.split("\n")) - {""}
+        assert len(lines) == 1
+        found.append(lines.pop().split())
+    assert len({exact for exact, _ in found}) == 1
+    assert len({plain for _, plain in found}) > 1  # sums of float32 round differently
+
+
+TOO_EARLY = {
+    "MPI": (
+        "from mpi4py import MPI\nassert MPI.COMM_WORLD.size == 1\ndist.init_process_group('hpccomm')",
+        ("MPI has started on ranks 0, 1 before init_process_group", "hpccomm-run -n 2"),
+    ),
+    "a communicator": (
+        "from hpccomm import Communicator\nfrom mpi4py import MPI\nCommunicator(MPI.COMM_WORLD)",
+        ("MPI has not started: under torchrun, torch.distributed.init_process_group('hpccomm') starts it",),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TOO_EARLY)
+def test_what_comes_before_the_process_group_is_refused(what: str, tmp_path: Path, entry_point: dict[str, str]) -> None:
+    text, sentences = TOO_EARLY[what]
+    done = run_under_torchrun(write(tmp_path, text + "\n"), entry_point)
     assert done.returncode != 0
-    assert "hpccomm-run -n 2" in done.stderr
+    for sentence in sentences:
+        assert sentence in done.stderr
 
 
 __all__ = ["entry_point"]

@@ -41,7 +41,7 @@ from hpccomm.algorithms.row_sparse import RowCode
 from hpccomm.algorithms.transforms import Transform, Vector, is_number, require
 from hpccomm.algorithms.trees import check_alike
 from hpccomm.buckets import Bucket
-from hpccomm.errors import HpccommError, MismatchError
+from hpccomm.errors import ArgumentError, HpccommError, MismatchError
 from hpccomm.performance.units import format_count
 
 if TYPE_CHECKING:
@@ -409,7 +409,8 @@ class ParameterServer:
         for server in range(self.servers):
             _, _, lost, version, payload = self._receive(server)
             self.lost_workers = max(self.lost_workers, lost)
-            self.weights[self.slice_of(server)] = payload.view(self.weights.dtype)
+            part = self.weights[self.slice_of(server)]
+            part[...] = self._read(server, "reply", read_elements, payload, part)
             self.version[server] = version
         return self.weights.copy()
 
@@ -461,15 +462,24 @@ class ParameterServer:
                 return None
             time.sleep(min(1e-3, self.patience / 100) if self.patience else 0)
 
-    def decode(self, payload: npt.NDArray[np.uint8], weights: Vector) -> Vector:
-        """The gradient in a push, for the weights of this server."""
+    def decode(self, payload: npt.NDArray[np.uint8], weights: Vector, rank: int) -> Vector:
+        """The gradient in a push of a rank, for the weights of this server."""
         if self.row_codes:
-            return self.row_codes[self.comm.rank].decode(payload, weights.dtype)
+            return self._read(rank, "push", self.row_codes[self.comm.rank].decode, payload, weights.dtype)
         if self.codec is None:
-            return payload.view(weights.dtype)
+            return self._read(rank, "push", read_elements, payload, weights)
         out = np.zeros_like(weights)
-        self.codec.decode(payload, out)
+        self._read(rank, "push", self.codec.decode, payload, out)
         return out
+
+    def _read(self, rank: int, what: str, read: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``read`` makes of a payload of another rank; raises MismatchError if it cannot be read."""
+        try:
+            return read(*arguments)
+        except ArgumentError as error:
+            raise MismatchError(
+                f"rank {self.comm.rank}: ParameterServer: the {what} of rank {rank} cannot be read: {error}"
+            ) from None
 
     def reply(self, worker: int, weights: Vector, number: int, version: int) -> tuple[MPI.Request, Any]:
         """Start to send weights to a worker."""
@@ -489,9 +499,10 @@ class ParameterServer:
         self.comm.Probe(MPI.ANY_SOURCE if source is None else source, TAG, status)
         message = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         self.comm.Recv(message, status.source, TAG)
-        mark, what, clock, version, nbytes = HEADER.unpack(message[: HEADER.size].tobytes())
+        header = message[: HEADER.size].tobytes().ljust(HEADER.size, b"\xff")
+        mark, what, clock, version, nbytes = HEADER.unpack(header)
         payload = message[HEADER.size :]
-        if mark != MARK or payload.size != nbytes:
+        if mark != MARK or payload.size != nbytes or what not in (REQUESTS if self.serves else (REPLY,)):
             raise MismatchError(
                 f"rank {self.comm.rank}: a message of {message.size} bytes from rank {status.source} is no message of "
                 "a parameter server: let all ranks use the same release"
@@ -528,7 +539,8 @@ class Desk:
         if worker in self.lost:
             self.ledger.dropped += 1
         else:
-            self.ledger.push(worker, self.server.decode(payload, self.weights), version)
+            rank = self.server.servers + worker
+            self.ledger.push(worker, self.server.decode(payload, self.weights, rank), version)
 
     def pull(self, worker: int, *rest: Any) -> None:
         """Let a worker read; one that was given up takes part again."""
@@ -601,6 +613,16 @@ REQUESTS: dict[int, Callable[..., None]] = {
     JOIN: Desk.join,
     ABANDON: Desk.abandon,
 }
+
+
+def read_elements(payload: npt.NDArray[np.uint8], like: Vector) -> Vector:
+    """The elements in a payload, which must be as many as ``like`` has."""
+    require(
+        payload.size == like.nbytes,
+        f"{payload.size} bytes for {like.size} elements of {like.dtype}: pass the same weights, rows and codec on all "
+        "ranks",
+    )
+    return payload.view(like.dtype)
 
 
 def pack_message(what: int, clock: int, version: int, payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -19,6 +19,8 @@ from hpccomm.algorithms.reports import ExchangeReport, MessageReport
 from hpccomm.algorithms.transforms import Transform, Vector, check_choice, require
 from hpccomm.buckets import Bucket
 from hpccomm.collectives.compressed.rows import PATHS, allreduce_rows
+from hpccomm.kernels.dispatch import kernels
+from hpccomm.performance.units import format_count
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -167,20 +169,32 @@ class RowCode:
         return np.concatenate([np.empty(0, np.uint8), *(np.ascontiguousarray(each).view(np.uint8) for each in parts)])
 
     def decode(self, message: Octets, dtype: np.dtype[Any]) -> Vector:
-        """The vector."""
+        """The vector; raises :class:`~hpccomm.errors.ArgumentError` for a message of other rows, or a damaged one."""
         out, first = np.zeros(self.size, dtype), 0
 
         def take(count: int, kind: npt.DTypeLike) -> Vector:
             nonlocal first
             first, began = first + count * np.dtype(kind).itemsize, first
+            check(first <= message.size, "is too short")
             return message[began:first].copy().view(kind)
 
+        def check(holds: bool, what: str) -> None:
+            require(
+                holds,
+                f"a message of {message.size} bytes {what} for the rows of {format_count(len(self.regions), 'tensor')} "
+                f"in {self.size} elements of {dtype}: pass the same bucket and rows on all ranks",
+            )
+
         counts = take(len(self.regions), np.int64).tolist()
+        for region, count in zip(self.regions, counts, strict=True):
+            check(-1 <= count <= region.rows, f"has {count} rows of {region.rows}")
         indices = [take(max(count, 0), np.uint32) for count in counts]
         for region, count, rows in zip(self.regions, counts, indices, strict=True):
+            check(kernels().is_ascending(rows, region.rows), f"has rows out of order, or not below {region.rows},")
             k = region.rows if count < 0 else count
             matrix = out[region.part].reshape(region.rows, region.width)
             matrix[rows if count >= 0 else slice(None)] = take(k * region.width, dtype).reshape(k, region.width)
         for part in self.others:
             out[part] = take(part.stop - part.start, dtype)
+        check(first == message.size, "is too long")
         return out

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 class Backend:
     """One way to run calls, for one communicator.
 
-    A subclass has a name, takes some calls and binds them.  its :attr:`context` has what it may use: ``private_comm``,
-    a communicator for its own messages, ``layout``, ``settings`` and shared memory.
+    A subclass takes some calls and binds them.  Its :attr:`context` has what it may use: ``private_comm``, a
+    communicator for its own messages, ``layout``, ``settings`` and shared memory.  It does not exist yet while a
+    backend of the host is made.
     """
 
     name = ""
@@ -45,5 +46,8 @@ class Backend:
         raise NotImplementedError
 
     def bind(self, call: Call) -> Plan:
-        """The plan of a call that it takes; it may run many times and holds no reference to the user's arrays."""
+        """The plan of a call that it takes; it may run many times.
+
+        A plan that holds a reference to the user's arrays says ``lasts=False`` and is not kept.
+        """
         raise NotImplementedError

@@ -17,9 +17,10 @@ because the algorithms run on the host.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
+from hpccomm.backends.base import Backend
 from hpccomm.backends.device import DeviceBackend
 from hpccomm.backends.table import BACKENDS
 from hpccomm.calls.call import Call
@@ -32,14 +33,19 @@ MANY_BYTES = 1 << 16
 """From this size on bandwidth matters more than barriers of all ranks: an estimate, not measured."""
 FALLBACK = "staged"
 """The transport that takes every call."""
-ROWS = {name: row.make for name, row in BACKENDS.items() if row.on_device}
-SETTINGS = ("auto", *ROWS, ON_HOST)
+
+
+def device_rows() -> dict[str, Callable[[Any], Backend]]:
+    """The rows of the table for device arrays, in order; that which takes every call is the last."""
+    rows = {name: row.make for name, row in BACKENDS.items() if row.on_device}
+    return {**{name: make for name, make in rows.items() if name != FALLBACK}, FALLBACK: rows[FALLBACK]}
 
 
 def read_setting(setting: str) -> str:
     """The value of ``HPCCOMM_GPU_TRANSPORT``; raises ArgumentError for an unknown one."""
-    if setting and setting not in SETTINGS:
-        raise ArgumentError(f"{TRANSPORT}={setting!r} is not known: use one of {', '.join(SETTINGS)}")
+    known = ("auto", *device_rows(), ON_HOST)
+    if setting and setting not in known:
+        raise ArgumentError(f"{TRANSPORT}={setting!r} is not known: use one of {', '.join(known)}")
     return setting or "auto"
 
 
@@ -55,7 +61,7 @@ class DeviceTransports:
         """The available transports, in order of preference for long calls."""
         self.troubles: dict[str, str] = {}
         """Why each transport is not available; empty if it is."""
-        for name, make in ROWS.items():
+        for name, make in device_rows().items():
             if self.setting not in ("auto", name) and name != FALLBACK:
                 self.troubles[name] = f"{TRANSPORT} is {self.setting}"
                 continue

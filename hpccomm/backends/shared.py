@@ -21,7 +21,7 @@ class Shared(Backend):
     compares_itself = True
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
-        """One, where the ranks share memory, or will once its functions are compiled."""
+        """One, where the ranks share memory whose functions are compiled; before any is used, where they will."""
         context = self.context
         expected = context.wants_memory and context.layout.count == 1 and not context.awaits_code
         offered = context.shared_memory if context.stage else expected

@@ -239,6 +239,9 @@ class SharedMemory:
         """Free the memory of an allocation whose last view is gone."""
         allocation.alive[0] = 0
         allocation.result = None
+        for each in allocation.plans:
+            each.result = None
+        allocation.plans.clear()
         self._registered.pop(allocation.number, None)
         self._list_allocations()
 
@@ -251,17 +254,18 @@ class SharedMemory:
             self.allocations[place] = (*ends, each.number, each.alive.ctypes.data, each.copies, each.stride)
         self.allocation_count[0] = len(known)
 
-    def view(self, address: int, nbytes: int) -> tuple[SharedSegment, int] | None:
+    def view(self, address: int, nbytes: int) -> tuple[SharedSegment, int, list[Any]] | None:
         """Memory for one result that all ranks share, of calls on a registered array (collective); else ``None``.
 
-        Returns the segment and the offset in it for the result of this part of the array.
+        Returns the segment, the offset in it for the result of this part of the array, and the list of plans whose
+        ``result`` ends with the array.
         """
         allocation = self._allocation((address, nbytes))
         if allocation is None:
             return None
         if allocation.result is None:
             allocation.result = SharedSegment(self._node, allocation.stride)
-        return allocation.result, address - allocation.mine
+        return allocation.result, address - allocation.mine, allocation.plans
 
     def allocation_number(self, address: int, nbytes: int) -> int:
         """The number of the allocation that contains this rank's bytes from an address on; 0 if there is none."""
@@ -793,6 +797,8 @@ class Allocation:
         self.mine = copies + rank * stride
         self.result: SharedSegment | None = None
         """Memory for one shared result, made at the first request."""
+        self.plans: list[Any] = []
+        """The plans that keep views of it."""
         self.alive = np.ones(1, np.int64)
         """Zero when the arrays are gone: another array may then have their address."""
 

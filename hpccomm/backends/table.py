@@ -39,7 +39,7 @@ BACKENDS = {
     "aware": Row(later("mpi_device", "CudaAwareMpi"), on_device=True),
     "staged": Row(later("staged", "Staged"), on_device=True),
 }
-"""Each communicator has an object of every row.
+"""A communicator makes its objects of the rows for the host at once, those for a device at the first use of one.
 
 On the host the tuning table chooses between the algorithms of all that take a call; on a device the order is that of
 preference for long calls, and names are those of ``HPCCOMM_GPU_TRANSPORT``.

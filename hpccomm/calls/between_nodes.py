@@ -24,7 +24,7 @@ from hpccomm.calls.fingerprint import (
     mismatch_message,
 )
 from hpccomm.errors import MismatchError
-from hpccomm.kernels.entry.records import DIGEST_BITS, NOT_COMPARED
+from hpccomm.kernels.entry.records import DIGEST_BITS
 from hpccomm.transports.polling import await_request
 
 MASKS = {"detail": 0, "sample": 63, "off": -1}
@@ -87,15 +87,8 @@ class BetweenNodes:
         mine = np.array([amounts.sends, amounts.receives], np.int64).T.copy()
         theirs = np.empty_like(mine)
         self._comm.Alltoall(mine, theirs)
-        found = [
-            self._table.explain_amounts(*each)
-            for rank in range(self._comm.size)
-            for each in (
-                (self._me, mine[rank, 0], rank, theirs[rank, 1]),
-                (rank, theirs[rank, 0], self._me, mine[rank, 1]),
-            )
-            if each[1] != each[3] and NOT_COMPARED not in (each[1], each[3])
-        ]
-        troubles = [each for each in self._comm.allgather(found[0] if found else "") if each]
+        pairs = zip(mine.tolist(), theirs.tolist(), strict=True)
+        found = [self._table.explain_amounts(rank, *pair) for rank, pair in enumerate(pairs)]
+        troubles = [each for each in self._comm.allgather(next(filter(None, found), "")) if each]
         if troubles:
             raise MismatchError(troubles[0])

@@ -44,6 +44,8 @@ class BounceBuffers:
         if isinstance(recvbuf, np.ndarray) and not recvbuf.flags.writeable:
             return False  # an error, or the root of a broadcast
         in_place = sendbuf is recvbuf
+        if not in_place and np.ndarray is type(sendbuf) is type(recvbuf) and np.may_share_memory(sendbuf, recvbuf):
+            return False  # an error, or in place by other names
         kind = (kind, None if in_place else lengths(sendbuf), lengths(recvbuf))
         known = self._arrays.get(kind)
         if known is None:

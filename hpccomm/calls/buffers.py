@@ -6,6 +6,7 @@ A form without contiguous elements of a NumPy dtype (a derived datatype, ``BOTTO
 from __future__ import annotations
 
 import ctypes
+import operator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -118,7 +119,9 @@ class Buffer:
 
 
 def hold(given: Any) -> Any:
-    """A NumPy scalar, which is copied whenever it is read, as a read-only array; anything else as it is."""
+    """A NumPy scalar, which is copied whenever it is read, also in a form, as a read-only array; else what is given."""
+    if isinstance(given, list | tuple) and given and isinstance(given[0], np.generic):
+        return [hold(given[0]), *given[1:]]
     if not isinstance(given, np.generic):
         return given
     array = np.asarray(given)
@@ -319,6 +322,7 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Buffer:
     if not 2 <= len(form) <= 4 or form[0] is None or form[0] is MPI.BOTTOM:
         return Buffer(form)
     data, count, displs, datatype = split_form(form)
+    check_datatype(datatype, who)
     base = read_data(data, datatype, who)
     if base.opaque:
         return Buffer(form)
@@ -332,13 +336,37 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Buffer:
     if count is None or isinstance(count, int | np.integer):
         buffer.count = None if count is None else int(count)
     else:
-        buffer.counts = tuple(int(each) for each in count)
+        buffer.counts = read_integers(count, "count", who)
     if displs is not None:
         single = isinstance(displs, int | np.integer)
-        buffer.displs = int(displs) if single else tuple(int(each) for each in displs)
+        buffer.displs = int(displs) if single else read_integers(displs, "displacement", who)
     if min(buffer.count or 0, *(buffer.counts or (0,))) < 0:
         raise ArgumentError(f"{who}: the count {count} is negative: pass how many elements to move")
     return buffer
+
+
+def check_datatype(datatype: MPI.Datatype | str | None, who: str) -> None:
+    """Refuse the null datatype, which a freed one is, and a code that MPI does not know."""
+    if datatype is None or (isinstance(datatype, MPI.Datatype) and datatype != MPI.DATATYPE_NULL):
+        return
+    if not isinstance(datatype, str):
+        raise ArgumentError(f"{who}: the datatype is null or freed: pass one that is committed")
+    try:
+        MPI.Datatype.fromcode(datatype)
+    except (KeyError, ValueError):
+        raise ArgumentError(
+            f"{who}: MPI has no datatype {datatype!r}: pass an MPI.Datatype, or a code such as 'd'"
+        ) from None
+
+
+def read_integers(given: Any, what: str, who: str) -> tuple[int, ...]:
+    """The counts or displacements of all ranks; raises unless they are a sequence of whole numbers."""
+    try:
+        return tuple(operator.index(given[k]) for k in range(len(given)))
+    except (LookupError, TypeError):
+        raise ArgumentError(
+            f"{who}: the {what} is {str(given)[:80]}: pass a whole number, or a list of one for each rank"
+        ) from None
 
 
 def read_derived(form: Any, base: Buffer, who: str) -> Buffer:

@@ -16,7 +16,7 @@ NO_CHOICE, NO_FINGERPRINT = Choice("native", None, ""), Fingerprint("")
 """Of a call for which nothing has been decided."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call on one of ``size`` ranks."""
 
@@ -38,11 +38,11 @@ class Call:
     data: Any = None
     """The :class:`Buffer` whose elements describe the call; ``None`` for a call without buffers."""
     nbytes: int = 0
-    """Its bytes by which an algorithm is chosen, the same on all ranks."""
+    """The bytes by which an algorithm is chosen, the same on all ranks; 0 where only MPI has one."""
     counts: tuple[int, ...] = ()
     """Elements of each rank's block of a reduce-scatter."""
     count: str | None = None
-    """The elements that its fingerprint names, if they are not those of :attr:`data`."""
+    """The elements that its fingerprint names, or ``UNKNOWN``; ``None`` for those of :attr:`data`."""
     amounts: Amounts | None = None
     memory: str = ""
     """The memory of the arrays, if it is not the host's."""

@@ -12,7 +12,7 @@ import ctypes
 import os
 import time
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,10 +41,11 @@ from hpccomm.kernels.entry.records import (
     NOT_COMPARED,
     STATUS,
 )
+from hpccomm.observe.processes import find_process
 from hpccomm.transports.polling import pause
 
 TEXTS = 64
-LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS = (STATUS + k for k in range(1, 6))
+LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS, REFUSED, FAILED = (STATUS + k for k in range(1, 8))
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
@@ -96,6 +97,7 @@ class ConsistencyTable:
         self._stride = row_words(len(members))
         self._base = members.index(me) * self._stride
         self._peers = [k * self._stride for k, rank in enumerate(members) if rank != me]
+        self._others = [rank for rank in members if rank != me]
         self._fingerprints: dict[int, Fingerprint] = {}
         self.known_calls: dict[Hashable, int] = {}
         """The digests of calls that are announced once."""
@@ -108,6 +110,8 @@ class ConsistencyTable:
         """Compares calls between nodes (:class:`hpccomm.calls.between_nodes.BetweenNodes`), if there are several."""
         self.entered = EnteredCall(self, self.leave, lambda: None)
         """Around the calls that are entered and left by :meth:`enter` or :meth:`begin` and :meth:`leave`."""
+        self._told = 0
+        """The last call of which this rank has said that the ranks' calls differ."""
         self._words[self._base + PROCESS] = os.getpid()
         _tables.add(self)
 
@@ -129,6 +133,7 @@ class ConsistencyTable:
 
     def abandon(self) -> None:
         """Leave a call that has failed."""
+        self._words[self._base + FAILED] = self._seq
         self._words[self._base + STATUS] = -self._seq
 
     @property
@@ -175,11 +180,12 @@ class ConsistencyTable:
     def leave(self) -> None:
         """Leave a call; raise if another rank called something else."""
         self.compare_entries()
-        self.abandon()
+        self._words[self._base + STATUS] = -self._seq
 
     def miss_call(self) -> None:
         """Count a call that other members have entered, and that has failed because this one made another."""
-        self._words[self._base + STATUS] = -(self._seq + 1)
+        self._told = self._seq + 1
+        self._words[self._base + STATUS] = -self._told
 
     def compare_entries(self) -> None:
         """Raise if a rank that has entered this call, too, called something else."""
@@ -213,20 +219,27 @@ class ConsistencyTable:
         if words[mine] != seq or words[theirs] != seq:
             return
         me, member = self._base // self._stride, peer // self._stride
-        for a, sender, b, receiver in ((mine, me, theirs, member), (theirs, member, mine, me)):
-            sent, room = words[a + 1 + receiver], words[b + 1 + number + sender]
-            if sent != room and NOT_COMPARED not in (sent, room):
-                raise MismatchError(self.explain_amounts(self.members[sender], sent, self.members[receiver], room))
+        own, others = ((words[at + 1 + k], words[at + 1 + number + k]) for at, k in ((mine, member), (theirs, me)))
+        difference = self.explain_amounts(self.members[member], own, others)
+        if difference:
+            raise MismatchError(difference)
 
-    def explain_amounts(self, sender: int, sent: int, receiver: int, room: int) -> str:
-        """The error sentence for a rank that sends another amount than the receiver expects."""
-        call = self.find_call(self._base)
-        item = np.dtype(call.dtype).itemsize if call and call.dtype in np.sctypeDict else 1
-        unit = call.dtype if call and item > 1 else "bytes"
-        return (
-            f"rank {sender} called {call} and sends {sent // item} {unit} to rank {receiver}, which receives "
-            f"{room // item} from it: {REMEDIES['amounts']} (noticed by rank {self._me})"
-        )
+    def explain_amounts(self, rank: int, mine: Sequence[int], theirs: Sequence[int]) -> str:
+        """The error sentence if this rank and another one do not send each other what they receive; else empty.
+
+        ``mine`` are the bytes that this rank sends to that one and receives from it, ``theirs`` are the other one's.
+        """
+        me = self._me
+        for sender, sent, receiver, room in ((me, mine[0], rank, theirs[1]), (rank, theirs[0], me, mine[1])):
+            if sent != room and NOT_COMPARED not in (sent, room):
+                call = self.find_call(self._base)
+                item = np.dtype(call.dtype).itemsize if call and call.dtype in np.sctypeDict else 1
+                unit = call.dtype if call and item > 1 else "bytes"
+                return (
+                    f"rank {sender} called {call} and sends {sent // item} {unit} to rank {receiver}, which receives "
+                    f"{room // item} from it: {REMEDIES['amounts']} (noticed by rank {me})"
+                )
+        return ""
 
     def wait(self) -> None:
         """Wait until every member has entered this call, then compare; all members raise if one differs.
@@ -312,10 +325,55 @@ class ConsistencyTable:
 
     def explain(self) -> str:
         """The error sentence for the current call."""
-        slot, seq = self._seq % CALLS, self._seq
-        entered = [k for k in range(len(self.members)) if self._words[k * self._stride + slot] >> DIGEST_BITS == seq]
-        calls = {self.members[k]: self.find_call(k * self._stride) for k in entered}
-        return mismatch_message(calls, self._me)
+        return mismatch_message(self.list_calls(self._seq), self._me)
+
+    def list_calls(self, seq: int) -> dict[int, Fingerprint | None]:
+        """What the members have entered under number ``seq``; those that have not, or long ago, are left out."""
+        rows = {rank: k * self._stride for k, rank in enumerate(self.members)}
+        entered = [rank for rank, row in rows.items() if self._words[row + seq % CALLS] >> DIGEST_BITS == seq]
+        return {rank: self.find_call(rows[rank], seq) for rank in entered}
+
+    # A call that one rank has completed before another one refuses it, because theirs differ
+
+    def refuse(self, error: BaseException) -> None:
+        """Tell the members that have completed this call that this rank has not."""
+        self._told = self._seq
+        self.write_reason(error)
+        self._words[self._base + REFUSED] = self._seq
+
+    def count_left(self, row: int) -> int:
+        """How many calls a rank has left."""
+        status = self._words[row + STATUS]
+        return max(-status, status - 1)
+
+    def count_completed(self, row: int) -> int:
+        """The same, without a last one that it has left by an error."""
+        last = self.count_left(row)
+        return last - (last > 0 and self._words[row + FAILED] == last)
+
+    def is_ahead(self) -> bool:
+        """Whether a member that runs has not left the last call of this rank yet."""
+        last, words = self.count_completed(self._base), self._words
+        behind = (peer for peer in self._peers if self.count_left(peer) < last and not words[peer + LEFT])
+        return any(find_process(words[peer + PROCESS]).started for peer in behind)
+
+    def find_refusal(self) -> str:
+        """The sentence for a call that this rank has completed and another one refuses; empty if none is new."""
+        told, last, members = (
+            self._told,
+            self.count_completed(self._base),
+            dict(zip(self._peers, self._others, strict=True)),
+        )
+        found = {self._words[peer + REFUSED]: rank for peer, rank in members.items()}
+        new = [seq for seq in found if told < seq <= last]
+        if not new:
+            return ""
+        self._told = max(new)
+        calls, reason = self.list_calls(min(new)), self.read_reason(found[min(new)])
+        known = [each for each in calls.values() if each]
+        if self._me in calls and any(first_difference(known[0], each) for each in known):
+            reason = mismatch_message(calls, self._me)
+        return f"rank {self._me}: the ranks' calls were different in one that this rank has completed: {reason}"
 
     def explain_departure(self, rank: int, call: Fingerprint | None) -> str:
         """The error sentence for a call that waits for a rank which makes no more calls."""
@@ -332,7 +390,7 @@ class ConsistencyTable:
         seq = self._seq
         slot = seq % CALLS
         mine = self._words[self._base + slot]
-        for peer, rank in zip(self._peers, (r for r in self.members if r != self._me), strict=True):
+        for peer, rank in zip(self._peers, self._others, strict=True):
             theirs = self._words[peer + slot]
             if theirs >> DIGEST_BITS == seq:
                 try:
@@ -348,7 +406,7 @@ class ConsistencyTable:
                     rank: self.read_fingerprint(peer, gave_up & ENTRY_MASK),
                 }
                 return mismatch_message(calls, self._me)
-            if self._words[peer + LEFT] and abs(self._words[peer + STATUS]) < seq:
+            if self._words[peer + LEFT] and self.count_completed(peer) < seq:
                 return self.explain_departure(rank, self.find_call(self._base))
         return self.explain_issue_after(self.find_call(self._base))
 
@@ -403,7 +461,11 @@ class ConsistencyTable:
         """
         if self._seq == number:
             self._words[self._base + STATUS] = number if waits else -number
-            self.compare_entries()
+            try:
+                self.compare_entries()
+            except MismatchError as error:
+                self.refuse(error)
+                raise
 
     # Non-blocking calls, which are made on another communicator: here the ranks only compare their order
 
@@ -473,7 +535,7 @@ class ConsistencyTable:
     def explain_issue_after(self, call: Fingerprint | None) -> str | None:
         """The error sentence if a member has issued a non-blocking call before this blocking one, and this rank not."""
         number, mine = self._words[self._base + ISSUED] + 1, self.blocking_calls_here()
-        for peer, rank in zip(self._peers, (r for r in self.members if r != self._me), strict=True):
+        for peer, rank in zip(self._peers, self._others, strict=True):
             at = peer + FIRST_ISSUE + 2 * (number % CALLS)
             entry, before = self._words[at], self._words[at + 1]
             if self._words[peer + ISSUED] >= number and entry >> DIGEST_BITS == number and before < mine:
@@ -522,16 +584,26 @@ class EnteredCall:
         if error is None:
             try:
                 self._leave()
-            except BaseException:
-                self._table.abandon()
+            except BaseException as later:
+                self._fail(later)
                 raise
             return
-        self._table.abandon()
+        self._fail(error)
         if isinstance(error, MPI.Exception | HpccommError):
             self._clear()
         if isinstance(error, MPI.Exception | TransportError):
-            self._table.compare_entries()
-            self._table.raise_if_deadlocked()
+            try:
+                self._table.compare_entries()
+                self._table.raise_if_deadlocked()
+            except MismatchError as reason:
+                self._fail(reason)
+                raise
+
+    def _fail(self, error: BaseException) -> None:
+        """Leave the call by an error; ranks that have completed it are told of a mismatch."""
+        if isinstance(error, MismatchError):
+            self._table.refuse(error)
+        self._table.abandon()
 
 
 _tables: weakref.WeakSet[ConsistencyTable] = weakref.WeakSet()

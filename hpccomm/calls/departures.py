@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
+
+from hpccomm.observe.processes import find_process, read_process
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "prte", "orted", "hydra_", "srun", "slurmstepd", "pmi_proxy")
 """How the programs begin whose end leaves ranks behind."""
@@ -26,30 +27,14 @@ class Departure:
                 table.mark_left()
 
 
-def stat_of(pid: int) -> tuple[str, int, int]:
-    """Name, parent and start time of a process; empty and zeros if there is none, or this process cannot see it."""
-    try:
-        return read_stat(pid)
-    except OSError:
-        return "", 0, 0
-
-
-def read_stat(pid: int) -> tuple[str, int, int]:
-    """The same; raises OSError where it cannot be read."""
-    text = Path(f"/proc/{pid}/stat").read_text()
-    name, _, rest = text.partition("(")[2].rpartition(")")
-    fields = rest.split()
-    return ("", 0, 0) if fields[0] == "Z" else (name, int(fields[1]), int(fields[19]))
-
-
 def find_launchers(pid: int) -> dict[int, int]:
     """The launchers from which a process descends: start times by process number."""
     found: dict[int, int] = {}
     while pid > 1:
-        name, parent, started = stat_of(pid)
-        if name.startswith(LAUNCHERS):
-            found[pid] = started
-        pid = parent
+        process = find_process(pid)
+        if process.name.startswith(LAUNCHERS):
+            found[pid] = process.started
+        pid = process.parent
     return found
 
 
@@ -63,9 +48,7 @@ class Launchers:
         """The sentence for a launcher that is gone; empty while all are there."""
         for pid, started in self._found.items():
             try:
-                now = read_stat(pid)[2]
-            except (FileNotFoundError, ProcessLookupError):
-                now = 0
+                now = read_process(pid).started
             except OSError:  # no file descriptor is free, which says nothing of the launcher
                 continue
             if now != started:

@@ -28,10 +28,10 @@ from hpccomm.calls.blocks import EQUAL, NONE, ONE, PARTS, SIGNATURES, Amounts, S
 from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.consistency import EnteredCall
 from hpccomm.calls.fingerprint import template_digest
-from hpccomm.calls.operations import SUM_OF_AVERAGE
+from hpccomm.calls.operations import SUM_OF_AVERAGE, SUM_OF_SCALED
 from hpccomm.calls.plans import NativeCall
 from hpccomm.collectives import ALGORITHMS as SCHEDULES
-from hpccomm.errors import HpccommError, TransportError
+from hpccomm.errors import ArgumentError, HpccommError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.kernels.entry import body, records
@@ -84,6 +84,14 @@ def decline(*arguments: Any) -> int:
     return NOT_MINE
 
 
+FREED = "the communicator has been freed: make a new one"
+
+
+def refuse(*arguments: Any) -> int:
+    """The door of a communicator that has been freed."""
+    raise ArgumentError(FREED)
+
+
 class Doors:
     """The way into each collective of a communicator: ``door(sendbuf, recvbuf, op, root, algorithm, rest)``.
 
@@ -110,10 +118,10 @@ class Doors:
     def __init__(self) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Leave all calls to the Python path."""
+    def close(self, door: Door = decline) -> None:
+        """Leave all calls to the Python path, or to another ``door``."""
         for name in COLLECTIVES:
-            setattr(self, name, decline)
+            setattr(self, name, door)
 
 
 COLLECTIVES = tuple(Doors.__annotations__)
@@ -165,6 +173,8 @@ class Entry:
         self, doors: Doors, rank: int, size: int, memory: Any, table: Any, meeting: Any, recorded: dict[str, int]
     ) -> None:
         self._doors, self._rank, self._memory, self._meeting, self._table = doors, rank, memory, meeting, table
+        self._resumes = False
+        """Whether Python continues a call, during which signal handlers run."""
         self._facts = door_facts(size)
         self._types, self._items = type_table(list_objects()), item_sizes()
         self._record, self._blocks = np.zeros((), ENTRY_RECORD), np.zeros(4 * size, np.int64)
@@ -297,20 +307,26 @@ class Entry:
 
     def resume(self, code: int) -> None:
         """Continue a call in shared memory whose kernel has ended with ``code``, which its door has returned."""
-        row = int(self._record["row"])
+        row, self._resumes = int(self._record["row"]), True
         try:
             self._calls[load(row + offset_of(records.ROW_RECORD, "number"))].resume(code)
         except HpccommError:
             self._pending.value = 0
             raise
         finally:
+            self._resumes = False
             self._end_event()
         self._pending.value = 0
         if self._record["short"]:
             ctypes.memmove(*(int(self._record[name]) for name in ("short", "recv", "short_bytes")))
 
     def check_interrupted(self) -> None:
-        """Raise if an exception, such as Ctrl-C, has come between a door and the rest of a call."""
+        """Raise if a call is made inside another one, or if an exception, such as Ctrl-C, has ended the last one."""
+        if self._resumes:
+            raise ArgumentError(
+                f"rank {self._rank}: this call is made while another one of its communicator runs, by a signal "
+                "handler, __del__ or a thread: let it wait for the end of that one, or use another communicator"
+            )
         if self._pending.value:
             for each in filter(None, (self._memory, self._table)):
                 each.abandon()
@@ -409,6 +425,7 @@ def list_types() -> tuple[tuple[Any, int, int], ...]:
     known_ops = (
         *(each for each in vars(MPI).values() if isinstance(each, MPI.Op) and each != MPI.OP_NULL),
         SUM_OF_AVERAGE,
+        SUM_OF_SCALED,
     )
     return (*types, *((each, 0, 1) for each in known_ops))
 

@@ -62,10 +62,8 @@ class ByIdentity:
 
 def key_of(op: MPI.Op) -> Hashable:
     """The operation as part of a key."""
-    if op is SUM_OF_AVERAGE:
-        return AVERAGES[0]
     handle = op.handle
-    return handle if handle in PREDEFINED else ByIdentity(op)
+    return SUMS.get(id(op)) or (handle if handle in PREDEFINED else ByIdentity(op))
 
 
 class Reduction(NamedTuple):
@@ -80,8 +78,10 @@ NAMED: dict[str, MPI.Op] = {known.name: getattr(MPI, known.name.upper()) for kno
 ON_BOOLS: dict[str, MPI.Op] = {"min": MPI.LAND, "max": MPI.LOR}
 """The meaning of names on bools: *all* and *any*."""
 AVERAGES = ("avg", "mean")
-SUM_OF_AVERAGE = MPI.Op(MPI.SUM)
-"""The sum of an average: MPI's, as an object of its own, so that ranks that call a sum instead are named."""
+SUM_OF_AVERAGE, SUM_OF_SCALED = MPI.Op(MPI.SUM), MPI.Op(MPI.SUM)
+"""The sum of an average, and that of scaled summands: MPI's sum as objects of their own."""
+SUMS = {id(SUM_OF_AVERAGE): AVERAGES[0], id(SUM_OF_SCALED): "premul_sum"}
+"""Their names by identity: ranks that call another sum are named."""
 
 
 def resolve(op: MPI.Op | str, who: str, dtype: np.dtype[Any] | None = None) -> Reduction:
@@ -114,8 +114,8 @@ def read_op(op: MPI.Op | str, who: str) -> MPI.Op:
 
 
 def name_in_fingerprint(op: MPI.Op) -> str:
-    """The name that the ranks compare: that of :func:`name_of`, but an average is not a sum."""
-    return AVERAGES[0] if op is SUM_OF_AVERAGE else name_of(op)
+    """The name that the ranks compare: that of :func:`name_of`, or of one of our own sums."""
+    return SUMS.get(id(op)) or name_of(op)
 
 
 def name_of(op: MPI.Op) -> str:

@@ -30,7 +30,7 @@ class NativeCall(NamedTuple):
     """Whether ranks compare their calls before MPI moves data."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Plan:
     """A call that is ready to run; on messages it runs a :class:`hpccomm.collectives.engine.BoundSchedule`."""
 
@@ -115,6 +115,7 @@ def member_key(member: Any) -> Hashable:
     if isinstance(member, SEQUENCES):
         members = tuple(member)
         return members if members and type(members[0]) is int else tuple(map(member_key, members))
+    hash(member)  # raises TypeError for a set
     return member  # type: ignore[no-any-return]
 
 

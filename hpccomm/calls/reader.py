@@ -30,6 +30,7 @@ from hpccomm.calls.blocks import (
 )
 from hpccomm.calls.buffers import Buffer, apply_displacement, as_pairs, read
 from hpccomm.calls.call import Call, describe_counts
+from hpccomm.calls.fingerprint import UNKNOWN
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import NOT_COMPARED
 from hpccomm.performance.units import format_count
@@ -91,6 +92,7 @@ class Reader:
         who, in_place = call.who, is_in_place(sendbuf) or sendbuf is recvbuf
         recv = self.read_operand(recvbuf, call.op, who, writable=True)
         send = recv if in_place else self.read_operand(sendbuf, call.op, who)
+        self.check_forms(send, recv, who)
         if call.signature.blockwise:
             send = self.join_blocks(send, who)
             recv = send if in_place else recv
@@ -100,9 +102,9 @@ class Reader:
         else:
             call.counts = self.scatter_counts(call.recvcounts, recv, in_place, who)
             call.recvcounts = call.recvcounts if recv.opaque else call.counts
-            call.count = describe_counts(call.counts)
         if not (send.opaque or recv.opaque):
             self.check_blocks(send, recv, call.counts, who)
+        call.count = call.count or describe_counts(call.counts)
         call.send, call.recv, call.data, call.nbytes = send, recv, send, send.nbytes
 
     def read_allgather(self, call: Call, sendbuf: Any, recvbuf: Any) -> None:
@@ -150,7 +152,7 @@ class Reader:
         if data and not form.varies:
             amount = block_bytes(data, form.recv if data is recv else form.send, self.size)[0]
             dtype = data.dtype or data.base
-            call.count = None if amount == NOT_COMPARED or dtype is None else str(amount // dtype.itemsize)
+            call.count = UNKNOWN if amount == NOT_COMPARED or dtype is None else str(amount // dtype.itemsize)
         if form.varies:
             call.amounts = amounts_of(form, send, recv, self.rank, self.size, call.root)
         shown = buffers if TYPED in form else (None if each is None else each for each in (send, recv))
@@ -247,6 +249,7 @@ class Reader:
         if is_in_place(sendbuf) or sendbuf is recvbuf:
             return recv, recv
         send = self.read_operand(sendbuf, op, who)
+        self.check_forms(send, recv, who)
         if send.opaque or recv.opaque:
             return send, recv
         if send.kind != recv.kind or send.elements != recv.elements:
@@ -258,6 +261,14 @@ class Reader:
             return recv, recv
         self.check_overlap(send, recv, who)
         return send, recv
+
+    def check_forms(self, send: Buffer, recv: Buffer, who: str) -> None:
+        """Refuse a reduction of a derived datatype into contiguous elements, or the other way round."""
+        if send.opaque != recv.opaque and not (send.datatype or recv.datatype or MPI.BYTE).is_predefined:
+            raise ArgumentError(
+                f"{who}: one buffer has a derived datatype, the other has not: give both the same datatype, or pass "
+                "two contiguous arrays"
+            )
 
     def check_order(self, send: Buffer, recv: Buffer, who: str) -> None:
         """Refuse arrays of different memory orders; an array of one dimension is in C order."""

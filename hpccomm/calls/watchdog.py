@@ -16,9 +16,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -26,7 +26,7 @@ from mpi4py import MPI
 from hpccomm.calls.departures import Launchers
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.observe.flight_recorder import INQUIRED, REPORTED, Comm, Event, Inquiry, State, clock, open_ring, recorder
-from hpccomm.transports.polling import await_request
+from hpccomm.transports.polling import LONGEST_SECONDS, await_request
 
 PERIOD, QUICK = 0.25, 0.05
 """Seconds between two checks by the watchdog, and while it asks or answers."""
@@ -36,11 +36,15 @@ AWAKE_SECONDS = 2.0
 """A watchdog that has not looked for so long makes no report."""
 FLUSH_SECONDS = 0.5
 """Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
+EXIT_SECONDS = 10.0
+"""How long a rank that ends waits for those that have not made its last calls yet, as the end of MPI does."""
 FREE_SECONDS = 5.0
 """How long a rank that frees a communicator waits for the others."""
 MOST_LINES = 32
 REQUEST, ANSWER = 1, 2
 """Tags of messages between nodes."""
+
+T = TypeVar("T")
 
 
 def stall_seconds() -> float:
@@ -58,14 +62,23 @@ def log_line(sentence: str) -> None:
 class Group:
     """The ranks of one communicator.
 
-    ``nodes`` are the ranks of each node, ``table`` is the consistency table of this one, ``wire`` a communicator of the
-    same ranks that only the watchdog uses, if it may.
+    ``nodes`` are the ranks of each node, ``table`` is the consistency table of this one, if it has one, ``wire`` a
+    communicator of the same ranks that only the watchdog uses, if it may.  ``of``: the group of which this one's
+    communicator is a level, and its ranks there; their processes are found and asked by that group.
     """
 
     def __init__(
-        self, comm: Comm, rank: int, nodes: list[tuple[int, ...]], table: Any, wire: MPI.Intracomm | None
+        self,
+        comm: Comm,
+        rank: int,
+        nodes: list[tuple[int, ...]],
+        table: Any,
+        wire: MPI.Intracomm | None = None,
+        of: tuple[Group, Sequence[int]] | None = None,
     ) -> None:
         self.comm, self.rank, self.nodes, self.table, self.wire = comm, rank, nodes, table, wire
+        self._parent: Group | None = of[0] if of else None
+        self._ranks: Sequence[int] = of[1] if of else ()
         self._since, self._sent = (0, 0.0), list[tuple[MPI.Request, bytes]]()
         self._counts = np.zeros((2, sum(map(len, nodes))), np.int64)
         """``(2, p)`` messages sent to each rank, and received from it."""
@@ -77,10 +90,26 @@ class Group:
     @property
     def processes(self) -> dict[int, int]:
         """The numbers of the processes of this node's ranks."""
-        found: dict[int, int] = self.table.processes
+        found: dict[int, int] = self._take_own(self._parent.processes) if self._parent else self.table.processes
         return found
 
-    def check_deadlock(self) -> None:
+    def _take_own(self, found: dict[int, T]) -> dict[int, T]:
+        """What the group of which this one is a level has found of the ranks of both, by this group's ranks."""
+        return {rank: found[there] for rank, there in enumerate(self._ranks) if there in found}
+
+    def check_calls(self) -> None:
+        """Log that another rank has refused a call which this one has completed; abort one that cannot complete."""
+        if self.table:
+            self.tell()
+            self._check_deadlock()
+
+    def tell(self) -> None:
+        """Log that another rank has refused a call which this rank has completed, once."""
+        refusal = self.table.find_refusal()
+        if refusal:
+            log_line(refusal)
+
+    def _check_deadlock(self) -> None:
         """Abort all ranks if this rank is in a call that can never complete."""
         seq = self.table.active_seq
         if not seq or seq != self._since[0]:
@@ -119,9 +148,25 @@ class Group:
         self._counts[1, status.source] += 1
         return json.loads(octets)
 
+    @property
+    def may_ask(self) -> bool:
+        """Whether ranks of other nodes can be asked."""
+        return self._parent.may_ask if self._parent else self.wire is not None
+
     def ask(self, rank: int, number: int, comm: int) -> None:
         """Ask where the ranks of the node of ``rank`` stand."""
-        self.send(rank, REQUEST, (number, comm))
+        if self._parent:
+            self._parent.ask(self._ranks[rank], number, comm)
+        else:
+            self.send(rank, REQUEST, (number, comm))
+
+    def find_answers(self, number: int, last: bool = False) -> dict[int, State]:
+        """What ranks of other nodes have answered; with ``last`` it is forgotten."""
+        if self._parent:
+            found = self._take_own(self._parent.find_answers(number, last))
+            return {rank: each._replace(rank=rank) for rank, each in found.items()}
+        states = self.answers.pop(number, []) if last else self.answers.get(number, [])
+        return {each.rank: each for each in states}
 
     def serve(self) -> bool:
         """Receive what other nodes have sent, and answer what is ready; returns whether more is to come soon."""
@@ -182,7 +227,7 @@ class Report:
         self.began_call = 0
         """When the call began that is reported."""
         self._began, self._inquiry = time.monotonic(), Inquiry(group.processes, comm)
-        self._nodes = [each for each in group.nodes if group.rank not in each] if group.wire is not None else []
+        self._nodes = [each for each in group.nodes if group.rank not in each] if group.may_ask else []
         self._tries = 0
         self._wait = list(self._nodes)
         self._ask()
@@ -197,15 +242,15 @@ class Report:
     def step(self) -> bool:
         """Look for answers; returns whether the report is made."""
         here = self._inquiry.collect(time.monotonic() - self._began > ANSWER_SECONDS)
-        there = {each.rank for each in self.group.answers.get(self._number, ())}
-        self._wait = [each for each in self._wait if not there & set(each)]
+        there = self.group.find_answers(self._number)
+        self._wait = [each for each in self._wait if not there.keys() & set(each)]
         if self._wait and time.monotonic() > self._until and self._tries < NODE_TRIES:
             self._ask()
         if not here or (self._wait and time.monotonic() <= self._until):
             return False
-        found = {each.rank: each for each in self.group.answers.pop(self._number, ())} | self._inquiry.states
+        found = self.group.find_answers(self._number, last=True) | self._inquiry.states
         for rank in range(sum(map(len, self.group.nodes))):
-            reason = "its node does not answer" if self.group.wire is not None else NO_THREAD
+            reason = "its node does not answer" if self.group.may_ask else NO_THREAD
             found.setdefault(rank, State(rank, 0, False, "on another node", None, reason))
         self.finish(found)
         return True
@@ -309,7 +354,7 @@ class Watchdog:
             recorder().answer_request()
             for group in list(self.groups.values()):
                 with contextlib.suppress(ValueError):  # another thread frees the communicator
-                    group.check_deadlock()
+                    group.check_calls()
             with _mpi:
                 if self.calls_mpi:
                     busy = any([each.serve() for each in list(self.groups.values())])
@@ -341,7 +386,14 @@ class Watchdog:
                 self._reports.append(NodesReport(group, wanted))
 
     def end(self) -> None:
-        """Call MPI no more, which ends."""
+        """Call MPI no more, which ends, and look a last time whether ranks have refused calls of this one."""
+        until = time.monotonic() + EXIT_SECONDS
+        for group in [each for each in self.groups.values() if each.table and self.calls_mpi]:
+            with contextlib.suppress(ValueError):  # another thread frees the communicator
+                while group.table.is_ahead() and time.monotonic() < until:
+                    group.table.progress()
+                    time.sleep(LONGEST_SECONDS)
+                group.tell()
         with _mpi:
             self.calls_mpi = False
 

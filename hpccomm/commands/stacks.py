@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hpccomm.errors import ArgumentError
 from hpccomm.observe.flight_recorder import INQUIRED, Inquiry, State, describe_calls, open_ring
+from hpccomm.observe.processes import find_process
 from hpccomm.performance.units import format_count
 
 SUMMARY = "print the calls and the Python stacks of all ranks of a running job"
@@ -68,9 +69,9 @@ def ask_other_nodes(processes: dict[int, int]) -> list[State]:
 
 def find_ranks(pid: int) -> tuple[dict[int, int], int]:
     """The processes of this node's ranks of the job to which a process belongs, and the ranks of the job."""
-    from hpccomm.calls.departures import find_launchers, stat_of
+    from hpccomm.calls.departures import find_launchers
 
-    parents = {int(each.name): stat_of(int(each.name))[1] for each in Path("/proc").glob("[0-9]*")}
+    parents = {int(each.name): find_process(int(each.name)).parent for each in Path("/proc").glob("[0-9]*")}
     root = (list(find_launchers(pid)) or [pid])[-1]
     found, size = dict[int, int](), 0
     for each in parents:

@@ -29,6 +29,7 @@ import numpy as np
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import EVENT_RECORD
 from hpccomm.kernels.shared_memory.records import W, offset_of, record, words
+from hpccomm.observe.processes import read_process
 from hpccomm.performance.units import format_size, format_time
 
 VARIABLE = "HPCCOMM_TIMELINE"
@@ -287,6 +288,8 @@ class Recorder:
         head["magic"] = MAGIC
         self._numbers: dict[str, int] = {}
         self._texts, self._last = [""] * TEXTS, 0
+        self._lock = threading.RLock()
+        """Held while a number is taken; a signal handler may make a call, too."""
 
     @property
     def place(self) -> dict[str, int]:
@@ -298,20 +301,27 @@ class Recorder:
         """The number of a text, which is written once."""
         number = self._numbers.get(text)
         if number is None:
-            numbers = self._numbers
-            number = numbers[text] = self._last = self._last + 1
-            place = number % TEXTS
-            numbers.pop(self._texts[place], None)
-            self._texts[place] = text
-            self.ring.head["texts"]["number"][0, place] = 0
-            self.ring.head["texts"]["text"][0, place] = text.encode()[:TEXT_BYTES]
-            self.ring.head["texts"]["number"][0, place] = number
+            with self._lock:
+                number = self._numbers.get(text) or self._write_text(text)
+        return number
+
+    def _write_text(self, text: str) -> int:
+        """Write a text in the place of the oldest one."""
+        number = self._last = self._last + 1
+        place, texts = number % TEXTS, self.ring.head["texts"]
+        self._numbers.pop(self._texts[place], None)
+        self._texts[place] = text
+        texts["number"][0, place] = 0
+        texts["text"][0, place] = text.encode()[:TEXT_BYTES]
+        texts["number"][0, place] = number
+        self._numbers[text] = number
         return number
 
     def begin(self, text: int, nbytes: int, label: int, comm: int, call: int) -> tuple[int, int]:
         """Record that a call begins; returns what :meth:`finish` takes."""
         ring = self.ring.words
-        number = ring[MADE] = ring[MADE] + 1
+        with self._lock:
+            number = ring[MADE] = ring[MADE] + 1
         at = FIRST_EVENT + EVENT_WORDS * (number & self._length - 1)
         WRITE_EVENT(self.ring.buffer, W * at, 0, clock(), 0, nbytes, text, label, comm, call)
         ring[at] = number
@@ -463,14 +473,11 @@ def describe_calls(pid: int, count: int) -> list[str]:
 
 def condition_of(pid: int) -> str:
     """Why a process does not answer: it is stopped or gone, or it may hold the interpreter or wait for a core."""
+    states = {"T": "is stopped", "t": "is stopped by a debugger", "": "has ended"}
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError, IndexError):
-        return "has ended"
+        return states.get(read_process(pid).state, NO_ANSWER)
     except OSError:
         return NO_ANSWER
-    states = {"T": "is stopped", "t": "is stopped by a debugger", "Z": "has ended"}
-    return states.get(state, NO_ANSWER)
 
 
 NO_ANSWER = "does not answer"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,9 +37,14 @@ def kill(call: Call, arguments: tuple[Any, ...], seconds: float) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def leave(call: Call, arguments: tuple[Any, ...], seconds: float) -> None:
+def exit_at_once(call: Call, arguments: tuple[Any, ...], seconds: float) -> None:
     """End this process without any clean-up."""
     os._exit(1)
+
+
+def leave(call: Call, arguments: tuple[Any, ...], seconds: float) -> None:
+    """End this process as a program does, without the other ranks."""
+    sys.exit(1)
 
 
 def stop(call: Call, arguments: tuple[Any, ...], seconds: float) -> Any:
@@ -64,6 +70,11 @@ def fail(call: Call, arguments: tuple[Any, ...], seconds: float) -> None:
     raise RuntimeError("an injected fault")
 
 
+def exhaust(call: Call, arguments: tuple[Any, ...], seconds: float) -> None:
+    """Raise the error of NumPy and Python where memory runs out."""
+    raise MemoryError("an injected fault")
+
+
 def corrupt(call: Call, arguments: tuple[Any, ...], seconds: float) -> Any:
     """Flip the lowest bit of the first byte of the first array, then make the call."""
     array = next((each for each in arguments if isinstance(each, np.ndarray) and each.size), None)
@@ -75,11 +86,13 @@ def corrupt(call: Call, arguments: tuple[Any, ...], seconds: float) -> Any:
 
 FAULTS: dict[str, Callable[[Call, tuple[Any, ...], float], Any]] = {
     "kill": kill,
-    "exit": leave,
+    "exit": exit_at_once,
+    "leave": leave,
     "stop": stop,
     "slow": delay,
     "drop": drop,
     "raise": fail,
+    "memory": exhaust,
     "corrupt": corrupt,
 }
 """The faults by name."""
@@ -89,9 +102,9 @@ FAULTS: dict[str, Callable[[Call, tuple[Any, ...], float], Any]] = {
 def inject(comm: Any, fault: str, rank: int, call: int, seconds: float = 1.0) -> Iterator[None]:
     """Let one rank have a fault at its ``call``-th collective call on ``comm`` (a :class:`hpccomm.Communicator`).
 
-    ``fault``: ``"kill"``, ``"exit"``, ``"stop"`` (for ``seconds``), ``"slow"`` (by ``seconds``), ``"drop"``,
-    ``"raise"`` or ``"corrupt"``.  Every rank passes the same arguments.  Raises ArgumentError for a fault, a rank or a
-    number that does not exist.
+    ``fault``: ``"kill"``, ``"exit"`` (``os._exit``), ``"leave"`` (``sys.exit``), ``"stop"`` (for ``seconds``),
+    ``"slow"`` (by ``seconds``), ``"drop"``, ``"raise"``, ``"memory"`` (a MemoryError) or ``"corrupt"``.  Every rank
+    passes the same arguments.  Raises ArgumentError for a fault, a rank or a number that does not exist.
     """
     if fault not in FAULTS:
         raise ArgumentError(f"faults.inject: {fault!r} is not known: use one of {', '.join(FAULTS)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,33 @@ from hpccomm.torch.works import DONE, CallQueue, Work
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Torch's default.  With a shorter one, synchronous calls run on the group's thread as well, so that they can end."""
+
+
+Some: TypeAlias = Any
+"""A list of tensors, or in torch's shorter form of a call one tensor."""
+
+
+def is_one(tensors: Some) -> bool:
+    """Whether a call is in the form for one tensor, as ``group.reduce(x, root, op)``."""
+    return isinstance(tensors, torch.Tensor)
+
+
+def as_list(tensors: Some) -> list[Tensor]:
+    """One tensor as a list."""
+    return [tensors] if is_one(tensors) else tensors
+
+
+def read_options(make: type, given: Any, *more: Any) -> Any:
+    """Torch's options of a call: as given, or made of a root and an operation."""
+    if isinstance(given, make):
+        return given
+    options: Any = make()
+    for each in (given, *more):
+        if isinstance(each, int):
+            options.rootRank = each
+        elif each is not None:
+            options.reduceOp = each
+    return options
 
 
 def make_group(given: Any, options: Any = None) -> Group:
@@ -135,31 +162,33 @@ class Group(dist.ProcessGroup):
 
     # Reductions
 
-    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
+    def allreduce(self, tensors: Some, opts: Any = None, timeout: Any = None, *, op: Any = None) -> Work:
         """Reduce each tensor over the ranks, in place."""
-        opts = dist.AllreduceOptions() if opts is None else opts
+        opts, tensors = read_options(dist.AllreduceOptions, opts, op), as_list(tensors)
         op = opts.reduceOp
         return self._run("all_reduce", opts, lambda on: on.allreduce(tensors, op), tensors)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Work:
         """As :meth:`allreduce`."""
-        return self.allreduce(tensors, dist.AllreduceCoalescedOptions() if opts is None else opts)
+        return self.allreduce(tensors, opts)
 
-    def reduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
+    def reduce(self, tensors: Some, opts: Any = None, op: Any = None, timeout: Any = None, *, root: Any = None) -> Work:
         """Reduce a tensor to the root, in place."""
-        opts = dist.ReduceOptions() if opts is None else opts
+        opts, tensors = read_options(dist.ReduceOptions, opts, op, root), as_list(tensors)
         op, root = opts.reduceOp, opts.rootRank
         return self._run("reduce", opts, lambda on: on.reduce(tensors[0], op, root), tensors)
 
-    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Work:
+    def reduce_scatter(
+        self, outputs: Some, inputs: list[Any], opts: Any = None, timeout: Any = None, *, op: Any = None
+    ) -> Work:
         """Reduce one tensor a rank; each rank gets its own."""
-        opts = dist.ReduceScatterOptions() if opts is None else opts
-        op = opts.reduceOp
-        return self._run("reduce_scatter", opts, lambda on: on.reduce_scatter(outputs[0], inputs[0], op), outputs)
+        opts, given = read_options(dist.ReduceScatterOptions, opts, op), inputs if is_one(outputs) else inputs[0]
+        outputs, op = as_list(outputs), opts.reduceOp
+        return self._run("reduce_scatter", opts, lambda on: on.reduce_scatter(outputs[0], given, op), outputs)
 
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], tensors: list[Tensor], opts: Any = None) -> Work:
         """Reduce tensors over the ranks; each rank gets an equal part of each."""
-        opts = dist.ReduceScatterOptions() if opts is None else opts
+        opts = read_options(dist.ReduceScatterOptions, opts)
         op = opts.reduceOp
 
         def body(on: Collectives) -> None:
@@ -178,14 +207,15 @@ class Group(dist.ProcessGroup):
 
     # Moves
 
-    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Work:
+    def broadcast(self, tensors: Some, opts: Any = None, timeout: Any = None, *, root: Any = None) -> Work:
         """Copy the root's tensor to all ranks."""
-        opts = dist.BroadcastOptions() if opts is None else opts
+        opts, tensors = read_options(dist.BroadcastOptions, opts, root), as_list(tensors)
         root = opts.rootRank
         return self._run("broadcast", opts, lambda on: on.broadcast(tensors, root), tensors)
 
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+    def allgather(self, outputs: list[Any], inputs: Some, opts: Any = None) -> Work:
         """Gather a tensor of each rank; they may be of different lengths."""
+        outputs, inputs = [outputs] if is_one(inputs) else outputs, as_list(inputs)
         return self._run("all_gather", opts, lambda on: on.allgather(outputs[0], inputs[0]), outputs)
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
@@ -214,16 +244,22 @@ class Group(dist.ProcessGroup):
 
     _allgather_base = all_gather_single
 
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+    def gather(
+        self, outputs: list[Any], inputs: Some, opts: Any = None, timeout: Any = None, *, root: Any = None
+    ) -> Work:
         """Gather a tensor of each rank on the root."""
-        opts = dist.GatherOptions() if opts is None else opts
+        opts = read_options(dist.GatherOptions, opts, root)
+        outputs, inputs = [outputs] if is_one(inputs) else outputs, as_list(inputs)
         into, root = outputs[0] if outputs else [], opts.rootRank
         return self._run("gather", opts, lambda on: on.gather(into, inputs[0], root), outputs)
 
-    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Work:
+    def scatter(
+        self, outputs: Some, inputs: list[Any], opts: Any = None, timeout: Any = None, *, root: Any = None
+    ) -> Work:
         """Send one of the root's tensors to each rank."""
-        opts = dist.ScatterOptions() if opts is None else opts
-        given, root = inputs[0] if inputs else [], opts.rootRank
+        opts = read_options(dist.ScatterOptions, opts, root)
+        given, root = inputs if is_one(outputs) or not inputs else inputs[0], opts.rootRank
+        outputs = as_list(outputs)
         return self._run("scatter", opts, lambda on: on.scatter(outputs[0], given, root), outputs)
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:

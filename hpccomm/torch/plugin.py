@@ -36,6 +36,10 @@ def register() -> None:
 
 def make_group(given: Any, options: Any = None) -> Any:
     """The process group for torch's description of it."""
+    if not given.global_ranks_in_group:  # the default group
+        from hpccomm.torch import placeholders
+
+        placeholders.join(given.store, given.group_rank, given.group_size)
     from hpccomm.torch.group import make_group as make
 
     return make(given, options)

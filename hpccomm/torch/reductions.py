@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
+from hpccomm.calls import operations
 from hpccomm.errors import ArgumentError
 from hpccomm.torch.tensors import HALVES, Tensor
 
@@ -16,7 +17,7 @@ KINDS = dist.ReduceOp.RedOpType
 MEANINGS: dict[Any, Any] = {
     KINDS.SUM: MPI.SUM,
     KINDS.AVG: "avg",
-    KINDS.PREMUL_SUM: MPI.SUM,
+    KINDS.PREMUL_SUM: operations.SUM_OF_SCALED,
     KINDS.PRODUCT: MPI.PROD,
     KINDS.MIN: MPI.MIN,
     KINDS.MAX: MPI.MAX,
@@ -50,8 +51,18 @@ def prepare(tensor: Tensor, op: Any, who: str) -> tuple[Tensor, Any]:
     if dtype not in REDUCED:
         raise ArgumentError(f"{who}: {str(dtype).removeprefix('torch.')} cannot be reduced: cast it to float32")
     if kind == KINDS.PREMUL_SUM:
-        tensor = (tensor.detach().to(torch.float32) if dtype in HALVES else tensor.detach()) * op.factor
+        tensor = scale(tensor.detach(), op.factor, who)
     return tensor, (ON_BOOLS.get(kind) if dtype is torch.bool else None) or MEANINGS[kind]
+
+
+def scale(tensor: Tensor, factor: Any, who: str) -> Tensor:
+    """The tensor times a number or a tensor of one element, 16-bit floats in float32."""
+    wide = tensor.to(torch.float32) if tensor.dtype in HALVES else tensor
+    scaled = wide * factor
+    if not torch.can_cast(scaled.dtype, wide.dtype):
+        names = [str(each.dtype).removeprefix("torch.") for each in (tensor, scaled)]
+        raise ArgumentError(f"{who}: PREMUL_SUM of {names[0]} by {factor} would be {names[1]}: cast the tensor first")
+    return scaled.to(wide.dtype)
 
 
 def check_complex(op: Any, dtype: torch.dtype, who: str) -> Any:

@@ -1,0 +1,36 @@
+"""What the system says of a process: its name, whether it runs, its parent, and when it was started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Process(NamedTuple):
+    """One process."""
+
+    name: str = ""
+    state: str = ""
+    """One letter: ``T`` for a stopped one; empty for one that has ended."""
+    parent: int = 0
+    started: int = 0
+    """The time of its start, which tells it from a later one of the same number."""
+
+
+def read_process(pid: int) -> Process:
+    """The process of a number; of one that has ended all fields are empty.  Raises OSError if it cannot be read."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return Process()
+    name, _, rest = text.partition("(")[2].rpartition(")")
+    fields = rest.split()
+    return Process() if fields[0] == "Z" else Process(name, fields[0], int(fields[1]), int(fields[19]))
+
+
+def find_process(pid: int) -> Process:
+    """The same; all fields are empty, too, where this process cannot see it."""
+    try:
+        return read_process(pid)
+    except OSError:
+        return Process()
