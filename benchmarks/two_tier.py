@@ -11,8 +11,8 @@ The columns, beside the published figures:
   priced      one worker: measured.  More: a step's arithmetic, encoding and decoding measured here on one thread, and
               the messages priced by the model of ``hpccomm predict`` (8 ranks a node, 25 us and 10 Gbit/s between
               nodes); without stragglers
-  an LSTM     the same prices for a model whose step outweighs its messages: 30 million weights, a step of 2,560 frames
-              at 5 TFLOPS, encoding, decoding and the filter at 500 GB/s of memory; nothing is measured
+  an LSTM     (--lstm) the same prices for a model whose step outweighs its messages: 30 million weights, a step of
+              2,560 frames at 5 TFLOPS, encoding, decoding and the filter at 500 GB/s of memory; nothing is measured
   fitted      GTC and BMUF: curves through their published speed-ups.  Hybrid: predicted from those two curves alone;
               the first number lets the time of a block's exchange follow all workers, the second the groups
   published   Ladkat et al., Interspeech 2019: an LSTM acoustic model on 2000 h of speech.  Another task, another
@@ -58,7 +58,7 @@ ERROR = {
     "hybrid": {32: "reduced", 64: "+3.1 %", 128: "+4.7 %"},
 }
 """Published changes of the error rate."""
-JOB = ("samples", "epochs", "batch", "tries")
+JOB = ("samples", "epochs", "batch", "tries", "warmup")
 """Arguments that define the job."""
 GROUP = 8
 """Workers of a group of the hybrid, and of a node."""
@@ -66,8 +66,6 @@ TUNING_SEED = 100
 TAU = 0.1
 PERIODS = (5, 10, 25, 50)
 """The ladder of the block's length; the last one is the published length."""
-WARMUP = 10
-"""The hybrid's first steps, one in so many, are synchronous."""
 DENSITIES = (0.001, 0.01)
 """Shares of the elements in a message of GTC, for the LSTM: the published range."""
 
@@ -126,8 +124,8 @@ def sum_compressed(tau: float) -> Callable[[Any], Transform]:
     return exchange
 
 
-def method(name: str, comm: Any, settings: Settings, steps: int) -> Any:
-    """The transform of one of the three methods, for a run of so many steps."""
+def method(name: str, comm: Any, settings: Settings, warmup: int) -> Any:
+    """The transform of one of the three methods; ``warmup`` synchronous steps of the hybrid."""
     exchange = sum_compressed(settings.tau)
     if name == "gtc":
         return chain(exchange(comm), scale(-settings.rate / comm.size))
@@ -135,7 +133,7 @@ def method(name: str, comm: Any, settings: Settings, steps: int) -> Any:
     if name == "bmuf":
         return bmuf(comm, scale(-settings.rate), **block)
     size = min(GROUP, comm.size)
-    return hybrid(comm, exchange, scale(-settings.rate / size), size, warmup=steps // WARMUP, **block)
+    return hybrid(comm, exchange, scale(-settings.rate / size), size, warmup=warmup, **block)
 
 
 class Run(NamedTuple):
@@ -152,9 +150,12 @@ class Run(NamedTuple):
 
 
 def train(
-    name: str, workers: int, seed: int, settings: Settings, data: Dataset, batch: int, epochs: int
+    name: str, workers: int, seed: int, settings: Settings, data: Dataset, batch: int, epochs: int, warmup: int
 ) -> tuple[float, float]:
-    """Train with a thread for each worker; return the error and the bytes of a message."""
+    """Train with a thread for each worker; return the error and the bytes of a message.
+
+    One in ``warmup`` steps of the hybrid, the first ones, is synchronous; 0: none.
+    """
     network = network_of(data)
 
     def body(comm: Any) -> tuple[Any, float]:
@@ -162,7 +163,8 @@ def train(
         bucket = Bucket(tensors)
         weights = bucket.flatten(tensors)
         gradient = np.empty_like(weights)
-        transform = method(name, comm, settings, epochs * (len(data.targets) // comm.size // batch))
+        all_steps = epochs * (len(data.targets) // comm.size // batch)
+        transform = method(name, comm, settings, all_steps // warmup if warmup else 0)
         state, steps = transform.init(weights), 0
         for epoch in range(epochs):
             order = np.random.default_rng((seed, epoch)).permutation(len(data.targets))
@@ -237,7 +239,7 @@ class Trainings:
         key = (name, workers, seed, settings)
 
         def measure() -> dict[str, Any]:
-            found = Run(*key, *train(*key, data, self.args.batch, epochs))
+            found = Run(*key, *train(*key, data, self.args.batch, epochs, self.args.warmup))
             return found._asdict() | {"settings": settings._asdict()}
 
         return run_from(self.record.recall(key, measure, "tuning" if tuning else "runs"))
@@ -339,17 +341,16 @@ class Lstm(NamedTuple):
         return Costs(step, encode=3 * vector, decode=3 * density * vector, block=5 * vector)
 
 
-def large_rows(found: list[Row]) -> list[list[str]]:
-    """The lines of the table of the LSTM: with the published period, and with the tuned one."""
+def large_rows() -> list[list[str]]:
+    """The lines of the table of the LSTM: speed-ups by period and density."""
     it, lines = Lstm(), []
-    for row in (row for row in found if row.workers > GROUP):
-        line = [row.method, str(row.workers)]
-        for period in (PERIODS[-1], row.settings.period):
-            for density in DENSITIES:
-                cost, message = it.costs(density), 4 * density * it.parameters
-                seconds = price_step(row.method, row.workers, cost, message, round(4 * it.parameters), period)
-                line.append(f"{row.workers * cost.step / seconds:.1f}×")
-        lines.append([*line, f"{row.published:g}×" if row.published else "–", row.published_error])
+    for workers, name in ((workers, name) for workers in SPEED["gtc"] for name in METHODS):
+        line = [name, str(workers)]
+        for period, density in LARGE_COLUMNS:
+            cost, message = it.costs(density), 4 * density * it.parameters
+            seconds = price_step(name, workers, cost, message, round(4 * it.parameters), period)
+            line.append(f"{workers * cost.step / seconds:.1f}×")
+        lines.append([*line, f"{SPEED[name][workers]:g}×"])
     return lines
 
 
@@ -422,11 +423,8 @@ def rows(runs: list[Run], cost: Costs, model: int) -> list[Row]:
     return found
 
 
-LARGE_HEAD = (
-    *("method", "workers"),
-    *(f"{100 * density:g} %, period {period}" for period in (PERIODS[-1], "tuned") for density in DENSITIES),
-    *("published", "error"),
-)
+LARGE_COLUMNS = [(period, density) for period in (PERIODS[0], PERIODS[-1]) for density in DENSITIES]
+LARGE_HEAD = ("method", "workers", *(f"period {p}, {100 * d:g} %" for p, d in LARGE_COLUMNS), "published")
 HEAD = ("method", "workers", "rate", "tau", "period", "momentum", "error", "relative, %", "published")
 MORE = ("bytes", "µs a step", "time is", "speed-up", "fitted", "published")
 
@@ -491,7 +489,14 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4, help="samples of a worker's step")
     parser.add_argument("--tries", type=int, default=10, help="trainings to tune a method at a number of workers")
+    parser.add_argument("--warmup", type=int, default=0, metavar="K", help="a Kth of the hybrid steps is synchronous")
+    parser.add_argument("--lstm", action="store_true", help="only price the three methods for an LSTM of 30 M weights")
     args = harness.parse(parser)
+    if args.lstm:
+        step = 1e3 * Lstm().costs(0.0).step
+        harness.emit(f"speed-ups priced with an LSTM of 30 M weights, {step:.0f} ms a step of one worker\n")
+        harness.emit(harness.table(LARGE_HEAD, large_rows(), words=1))
+        return 0
     record = harness.Record(args.file, lambda row: run_from(row)[:4], ["runs", "tuning"], args.seconds)
     trainings = Trainings(record, args, stdlib(args.samples))
     everything = [(name, workers) for workers in harness.integers(args.workers) for name in METHODS]
@@ -509,9 +514,6 @@ def main() -> int:
     costs = ", ".join(f"{key} {1e6 * value:.0f}" for key, value in trainings.costs._asdict().items())
     harness.emit(f"{job}, seeds {args.seeds}; model {model} bytes; measured, µs: {costs}\n")
     harness.emit(harness.table([*HEAD, *MORE], map(cells, found), words=1))
-    step = 1e3 * Lstm().costs(0.0).step
-    harness.emit(f"\nspeed-ups priced with an LSTM of 30 M weights, {step:.0f} ms a step of one worker\n")
-    harness.emit(harness.table(LARGE_HEAD, large_rows(found), words=1))
     draw(found, harness.plot_file(args, args.file))
     return 0
 
