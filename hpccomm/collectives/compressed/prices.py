@@ -55,7 +55,8 @@ class Place(NamedTuple):
         """All ranks, those of a node, or the first ones of the nodes."""
         if name == ALL:
             return self
-        return self._replace(counted=0, **({"nodes": 1} if name == NODE else {"per_node": 1}))
+        even = self._replace(counted=0)
+        return even._replace(nodes=1) if name == NODE else even._replace(per_node=1)
 
     @property
     def has_nodes(self) -> bool:
