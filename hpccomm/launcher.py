@@ -267,7 +267,9 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The flags of ``hpccomm-run``, and the program with its arguments."""
     argv, k = list(argv), 0
     while k < len(argv) and argv[k] not in ("-m", "-c", "--") and argv[k].startswith("-"):
-        argv[k : k + 1] = re.split(r"(?<=^-n)=?(?=\d+$)|(?<=^-np)=?(?=\d+$)", argv[k])  # -np4
+        argv[k : k + 1] = re.split(r"(?<=^-n)=?(?=\d+$)|(?<=^-np)=?(?=\d+$)|(?<=^-m)(?=[a-zA-Z_])", argv[k])  # -np4
+        if argv[k] == "-m":  # -mpackage, as Python takes it
+            break
         k += 2 if argv[k] in ("-n", "-np", "--np", "--ranks", "--mpi-args", "--timeline") else 1
     return list(argv[:k]), [word for word in argv[k : k + 1] if word != "--"] + list(argv[k + 1 :])
 
@@ -302,7 +304,7 @@ def check_program(program: Sequence[str]) -> None:
     if first == "-m":
         top = name.partition(".")[0]
         here = any(Path(top + ending).exists() for ending in ("", ".py"))
-        if not here and find_spec(top) is None:
+        if not here and top not in sys.modules and find_spec(top) is None:
             raise LaunchError(f"-m {name}: {sys.executable} has no module {top}: install it, or pass a script's path")
     elif first.endswith(".py") and not Path(first).is_file():
         raise LaunchError(f"{first} does not exist in {Path.cwd()}: pass the path of a script")

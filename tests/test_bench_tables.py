@@ -512,7 +512,7 @@ COMMON_LINES: list[tuple[str, str, str | tuple[str, int, int]]] = [
         "run.py --benchmark latency --buffer cupy",
         "--buffer cupy: arrays are NumPy's, or lie on a device with -d",
     ),
-    (OMB_PY, "run.py --benchmark", "argument --benchmark: expected one argument"),
+    (OMB_PY, "run.py --benchmark", "--benchmark needs a value behind it"),
     (OMB_PY, "run.py --benchmark allredcue", "did you mean allreduce?"),
     (OMB_PY, "run.py --benchmark allreduce --pickle", "--pickle: lower-case methods are not measured: leave it out"),
 ]

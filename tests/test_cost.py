@@ -203,6 +203,7 @@ def test_only_chains_and_trees_are_cut_into_segments() -> None:
     assert segment_counts(ALGORITHMS["bcast"]["chain"], 8192) == [1, 2, 4, 8]
 
 
+@pytest.mark.slow
 def test_pricing_ten_thousand_ranks_takes_under_20_seconds() -> None:
     limit = 20
     home, began = np.repeat(np.arange(1250), 8), time.process_time()

@@ -38,6 +38,7 @@ def run(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_threads_that_compile_at_once_with_a_full_disk_or_a_damaged_cache(tmp_path: Path) -> None:
     for how in ("full", "well", "cut", "torn"):
         for file in tmp_path.rglob("*.nb[ic]"):

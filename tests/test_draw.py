@@ -110,8 +110,8 @@ def test_plot_draws_measurements_from_json_files(tmp_path: Path, monkeypatch: py
         (["rnig"], "neither a file nor an algorithm: use one of"),
         (["ring", "no.json"], "no such file: ring, no.json"),
         (["ring", "--size", "4", "--root", "4"], "use a root from 0 to size - 1"),
-        (["ring", "--size", "0"], "use 1 or more of each"),
-        (["hierarchical", "--per-node", "0"], "use 1 or more of each"),
+        (["ring", "--size", "0"], "use 1 or more, and up to 256 ranks"),
+        (["hierarchical", "--per-node", "0"], "use 1 or more, and up to 256 ranks"),
         (["bruck", "--collective", "bcast"], "use one of chain, ring, tree, hierarchical"),
     ],
 )

@@ -254,7 +254,16 @@ def test_programs_that_can_be_started_are_not_refused(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own").mkdir()
     (tmp_path / "alone.py").touch()
-    for program in ("-c pass", "-m own.part", "-m alone", "-m hpccomm info", "alone.py", "hpccomm info", "sh x.sh"):
+    for program in (
+        "-c pass",
+        "-m own.part",
+        "-m alone",
+        "-m hpccomm info",
+        "-m __main__",
+        "alone.py",
+        "hpccomm info",
+        "sh x.sh",
+    ):
         launcher.check_program(program.split())
     launcher.check_memory(64)
 
@@ -519,6 +528,7 @@ def test_a_saved_run_goes_on_with_more_epochs_and_not_with_fewer(method: str, tm
     assert "3 finished epochs: pass --epochs 3 or more" in fewer.stderr
 
 
+@pytest.mark.slow
 def test_a_resumed_dense_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path: Path) -> None:
     resumed, straight = tmp_path / "resumed.json", tmp_path / "straight.json"
     folder = str(tmp_path / "saved")

@@ -171,6 +171,7 @@ def test_caches_in_a_folder_that_nobody_may_write_to_are_left_out(
     assert probe.save(machine.DEFAULTS, range(2)) is None
 
 
+@pytest.mark.slow
 def test_processes_that_start_with_an_empty_cache_write_one_file(tmp_path: Path) -> None:
     script = """
 from hpccomm import first_use

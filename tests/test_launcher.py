@@ -82,6 +82,7 @@ def test_a_larger_world_is_never_an_error() -> None:
         ("-n4 train.py -n5", "-n 4", "train.py -n5"),
         ("-np=4 train.py", "-np 4", "train.py"),
         ("--np 4 train.py", "--np 4", "train.py"),
+        ("-n 4 -mhpccomm info", "-n 4", "-m hpccomm info"),
         ("--ranks 4 --dry-run train.py", "--ranks 4 --dry-run", "train.py"),
     ],
 )

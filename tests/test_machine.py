@@ -208,6 +208,7 @@ for _ in range(20):
 """
 
 
+@pytest.mark.slow
 def test_many_processes_may_write_and_read_at_once(home: Path) -> None:
     """Each reads a whole file, and nothing is left beside it."""
     runs = [subprocess.Popen([sys.executable, "-c", WRITER, str(k + 1)]) for k in range(8)]

@@ -99,7 +99,7 @@ def run_cells(folder: Path, numbers: list[int], ranks: int, per_node: int = 0) -
     return found
 
 
-@pytest.mark.slow(keep=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_every_mistake_is_named_and_legal_calls_pass(tmp_path: Path, collective: str) -> None:
     numbers = [k for k, cell in enumerate(all_cells()) if cell.collective == collective]

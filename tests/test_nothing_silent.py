@@ -111,6 +111,38 @@ def test_a_wrong_argument_is_refused_before_the_first_message(comm: Communicator
     comm.Barrier()
 
 
+def typed(p: int, **other: Any) -> list[Any]:
+    """A buffer of Alltoallw: a number for each rank, and what is different."""
+    form = {"data": np.ones(p), "counts": [1] * p, "displs": [8 * k for k in range(p)], "types": [MPI.DOUBLE] * p}
+    return list((form | other).values())
+
+
+TYPED_MISTAKES: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
+    "a read-only array": (lambda p: {"data": freeze(p)}, "read-only"),
+    "negative strides": (lambda p: {"data": np.ones(p)[::-1]}, "not contiguous"),
+    "blocks that overlap": (lambda p: {"displs": [0] * p}, "overlap"),
+    "a block beyond the end": (lambda p: {"displs": [8 * (k + 1) for k in range(p)]}, "outside the buffer of"),
+    "a block before the begin": (lambda p: {"displs": [8 * k - 8 for k in range(p)]}, "outside the buffer of"),
+    "huge counts": (lambda p: {"counts": [2**61] * p}, "outside the buffer of"),
+    "negative counts": (lambda p: {"counts": [-1] * p}, "outside the buffer of"),
+    "fractions": (lambda p: {"counts": [1.5] * p}, "a list of one for each rank"),
+    "a dict of counts": (lambda p: {"counts": dict.fromkeys(range(p), 1)}, "a list of one for each rank"),
+    "too few counts": (lambda p: {"counts": [1] * (p - 1)}, "pass one for each rank"),
+    "too few datatypes": (lambda p: {"types": [MPI.DOUBLE] * (p - 1)}, "pass one for each rank"),
+    "a null datatype": (lambda p: {"types": [MPI.DATATYPE_NULL] * p}, "null or freed"),
+}
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("mistake", TYPED_MISTAKES)
+def test_blocks_of_several_datatypes_are_checked(comm: Communicator, mistake: str) -> None:
+    p, (different, remedy) = comm.size, TYPED_MISTAKES[mistake]
+    for call in (comm.Alltoallw, lambda *forms: comm.Ialltoallw(*forms).Wait(), comm.Alltoallw_init):
+        with pytest.raises(ArgumentError, match=remedy):
+            call(typed(p), typed(p, **different(p)))
+    comm.Alltoallw(typed(p), typed(p))
+
+
 NO_COUNTS: dict[str, Callable[[int], Any]] = {
     "fractions": lambda p: [1.5] * p,
     "whole floats": lambda p: [1.0] * p,

@@ -167,6 +167,7 @@ def run_script(code: str, folder: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_of_processes_that_start_together_one_compiles(tmp_path: Path) -> None:
     running = [run_script(REPORT + SCRIPT, tmp_path) for _ in range(3)]
     printed = "".join(each.communicate(timeout=240)[0] for each in running)

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,8 +83,59 @@ def test_the_recipes_name_the_version_and_the_requirements() -> None:
     assert "- python >=3.10" in conda
 
 
-def test_the_spack_package_is_python() -> None:
-    compile((PACKAGING / "spack/package.py").read_text(), "package.py", "exec")
+DIRECTIVES = {"license", "version", "variant", "depends_on", "run_after", "on_package_attributes"}
+Calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
+
+
+def keep_calls(name: str, calls: Calls) -> Any:
+    """In place of one of Spack's directives."""
+
+    def directive(*args: Any, **named: Any) -> Any:
+        calls.append((name, args, named))
+        return lambda function: function
+
+    return directive
+
+
+def test_the_spack_package_declares_what_it_uses() -> None:
+    text = (PACKAGING / "spack/package.py").read_text()
+    calls: Calls = []
+    names = {"PythonPackage": object, "__name__": "recipe", **{each: keep_calls(each, calls) for each in DIRECTIVES}}
+    exec(compile(re.sub(r"^from .* import .*$", "", text, flags=re.MULTILINE), "package.py", "exec"), names)
+    assert {name for name, _, _ in calls} == DIRECTIVES
+    variants = {args[0] for name, args, _ in calls if name == "variant"}
+    conditions = [named["when"] for _, _, named in calls if "when" in named]
+    assert {each[1:] for each in conditions if each[0] in "+~"} <= variants
+    needed = [args[0] for name, args, _ in calls if name == "depends_on"]
+    assert all(re.fullmatch(r"[a-z][\w-]*@[\d.]+:", each) for each in needed)
+    assert max(map(len, text.splitlines())) < 100  # Spack's style
+    assert "from spack_repo.builtin.build_systems.python import PythonPackage\n" in text
+
+
+def test_the_conda_recipe_is_read_as_conda_reads_it() -> None:
+    jinja2, yaml = pytest.importorskip("jinja2"), pytest.importorskip("yaml")
+    text = jinja2.Template((PACKAGING / "conda/meta.yaml").read_text(), undefined=jinja2.StrictUndefined)
+    recipe = yaml.safe_load(text.render(PYTHON="python"))
+    assert set(recipe) == {"package", "source", "build", "requirements", "test", "about"}
+    assert recipe["build"]["noarch"] == "python"
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    scripts = config["options.entry_points"]["console_scripts"].split("\n")
+    assert recipe["build"]["entry_points"] == [each.strip() for each in scripts if each.strip()]
+    folder = PACKAGING / "conda" / recipe["source"]["path"]
+    assert (folder / recipe["about"]["license_file"]).is_file()
+    assert set(recipe["requirements"]) == {"host", "run"}
+
+
+def test_the_scripts_of_the_image_are_read_by_a_shell() -> None:
+    text = (PACKAGING / "apptainer/hpccomm.def").read_text()
+    header, *sections = re.split(r"^%", text, flags=re.MULTILINE)
+    assert re.fullmatch(r"Bootstrap: docker\nFrom: \S+\s+", header)
+    found = dict(each.split("\n", 1) for each in sections)
+    assert set(found) == {"files", "post", "environment", "runscript", "test", "help"}
+    for name in ("post", "environment", "runscript", "test"):
+        done = subprocess.run(["sh", "-n"], input=found[name], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (name, done.stderr)
 
 
 def test_the_extras_that_recipes_install_exist() -> None:

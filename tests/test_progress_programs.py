@@ -9,6 +9,8 @@ import pytest
 
 from hpccomm.launcher import launch_command
 
+pytestmark = pytest.mark.slow(keep=6)
+
 HEAD = """
 import os, sys, time
 import numpy as np

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.calls.buffers import Buffer, split_form
+from hpccomm.calls.buffers import Buffer, check_datatype, read_data, read_integers, split_form
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import NOT_COMPARED
 
@@ -115,6 +115,43 @@ def find_blocks(buffer: Buffer, kind: str, p: int, who: str) -> list[tuple[int, 
             "pass a longer buffer or smaller counts"
         )
     return [(buffer.address + d * item, c * item) for c, d in zip(counts, displs, strict=True)]
+
+
+def find_typed_blocks(form: Any, p: int, who: str, writes: bool) -> list[tuple[int, int]]:
+    """Address and bytes of each block of ``[data, counts, displacements in bytes, datatypes]``, checked.
+
+    Empty for a form whose memory only mpi4py knows.  Of datatypes with gaps, blocks end with their last byte.
+    """
+    if not isinstance(form, list | tuple) or not 2 <= len(form) <= 4:
+        raise ArgumentError(f"{who}: {type(form).__name__} is no buffer: pass [data, counts, displacements, datatypes]")
+    data, *rest, types = form
+    if data is None or data is MPI.BOTTOM or not isinstance(types, list | tuple):
+        return []
+    counts, displs = rest[0] if len(rest) == 1 else rest or ([1] * p, [0] * p)
+    counts, displs = read_integers(counts, "count", who), read_integers(displs, "displacement", who)
+    for name, values in (("counts", counts), ("displacements", displs), ("datatypes", types)):
+        if len(values) != p:
+            raise ArgumentError(f"{who}: {len(values)} {name} for {p} ranks: pass one for each rank")
+    for each in types:
+        check_datatype(each, who)
+    memory = read_data(data, MPI.BYTE, who)
+    if memory.opaque:
+        return []
+    if writes and not memory.writable:
+        raise ArgumentError(f"{who}: the receive buffer is read-only: pass a writable array")
+    nbytes, blocks = memory.size * memory.width, list[tuple[int, int]]()
+    for count, displ, each in zip(counts, displs, types, strict=True):
+        datatype = MPI.Datatype.fromcode(each) if isinstance(each, str) else each
+        (_, extent), (first, used) = datatype.Get_extent(), datatype.Get_true_extent()
+        begin, size = displ + first, (count - 1) * extent + used if count else 0
+        if count < 0 or (count and not 0 <= begin <= begin + size <= nbytes):
+            raise ArgumentError(
+                f"{who}: {count} {datatype.Get_name() or 'elements'} at byte {displ} are outside the buffer of "
+                f"{nbytes} bytes: pass a longer buffer or smaller counts"
+            )
+        dense = datatype.Get_size() == extent
+        blocks.append((memory.address + begin, size if dense else 0))
+    return blocks
 
 
 def share_bytes(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> bool:

@@ -362,6 +362,8 @@ def check_datatype(datatype: MPI.Datatype | str | None, who: str) -> None:
 def read_integers(given: Any, what: str, who: str) -> tuple[int, ...]:
     """The counts or displacements of all ranks; raises unless they are a sequence of whole numbers."""
     try:
+        if isinstance(given, dict):
+            raise TypeError
         return tuple(operator.index(given[k]) for k in range(len(given)))
     except (LookupError, TypeError):
         raise ArgumentError(

@@ -24,6 +24,7 @@ from hpccomm.calls.blocks import (
     amounts_of,
     block_bytes,
     find_blocks,
+    find_typed_blocks,
     overlap_within,
     share_bytes,
     total_bytes,
@@ -167,7 +168,11 @@ class Reader:
         sends, receives = here or not form.send_at_root, here or not form.recv_at_root
         send = recv = None
         if TYPED in form:
-            return Buffer(buffers[0]) if not is_in_place(buffers[0]) else Buffer(buffers[1]), Buffer(buffers[1])
+            within = is_in_place(buffers[0])
+            into = find_typed_blocks(buffers[1], self.size, who, writes=True)
+            sent = [] if within else find_typed_blocks(buffers[0], self.size, who, writes=False)
+            self.check_apart(sent, into, who)
+            return Buffer(buffers[1] if within else buffers[0]), Buffer(buffers[1])
         if receives:
             keeps = form.send_at_root and here and is_in_place(buffers[1])
             recv = Buffer(IN_PLACE) if keeps else self.read_buffer(buffers[1], who, True, form.recv == PARTS)
@@ -184,10 +189,7 @@ class Reader:
 
     def check_moved(self, form: Signature, send: Any, recv: Any, blocks: list[Any], who: str) -> None:
         """Refuse buffers that overlap, that differ in type or memory order, or whose own block has two lengths."""
-        if share_bytes(*blocks):
-            raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
-        if overlap_within(blocks[1]):
-            raise ArgumentError(f"{who}: blocks of the receive buffer overlap: pass other displacements")
+        self.check_apart(blocks[0], blocks[1], who)
         self.check_order(send, recv, who)
         sent, received = (each[0 if len(each) == 1 else self.rank][1] for each in blocks)
         if send.kind != recv.kind or sent != received:
@@ -195,6 +197,13 @@ class Reader:
                 f"{who}: sends {sent // send.dtype.itemsize} {send.kind} to itself, has room for "
                 f"{received // recv.dtype.itemsize} {recv.kind} from itself: make both the same"
             )
+
+    def check_apart(self, sent: Any, received: Any, who: str) -> None:
+        """Refuse blocks that overlap."""
+        if share_bytes(sent, received):
+            raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
+        if overlap_within(received):
+            raise ArgumentError(f"{who}: blocks of the receive buffer overlap: pass other displacements")
 
     def scatter_counts(self, recvcounts: Counts | None, recv: Buffer, in_place: bool, who: str) -> Counts:
         """The number of elements for each rank; without ``recvcounts`` the ranks exchange theirs."""

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import IO, Any, Literal
 
 import pytest
@@ -175,6 +175,7 @@ class Worker(Ranks):
     def __init__(self, config: pytest.Config, folder: Path) -> None:
         super().__init__(config)
         self.tests: list[str] = json.loads((folder / "tests.json").read_text())
+        self.functions = {test.partition("[")[0].rpartition("::")[2] for test in self.tests}
         self.log = os.open(folder / f"rank-{self.private.rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.stack: IO[str] = (folder / f"rank-{self.private.rank}.stack").open("w")
         faulthandler.enable(self.stack)
@@ -184,6 +185,12 @@ class Worker(Ranks):
     def write(self, **entry: Any) -> None:
         """Append a line to the log file."""
         os.write(self.log, (json.dumps(entry, default=str) + "\n").encode())
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pycollect_makeitem(self, name: str, obj: object) -> list[pytest.Item] | None:
+        """Make no items of functions that are not in the job: most files have more rows than a size needs."""
+        is_test = name.startswith("test") and isinstance(obj, FunctionType)
+        return [] if is_test and name not in self.functions else None
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:

@@ -43,7 +43,7 @@ def as_list(tensors: Some) -> list[Tensor]:
 
 def read_options(make: type, given: Any, *more: Any) -> Any:
     """Torch's options of a call: as given, or made of a root and an operation."""
-    if isinstance(given, make):
+    if hasattr(given, "asyncOp"):
         return given
     options: Any = make()
     for each in (given, *more):

@@ -8,8 +8,7 @@ from spack.package import *
 class PyHpccomm(PythonPackage):
     """Faster, safer collectives and gradient synchronisation for training on MPI clusters."""
 
-    homepage = "https://pypi.org/project/hpccomm"
-    # The checksum is that of the release's sdist.
+    # Spack takes the homepage from this; the checksum is that of the release's sdist.
     pypi = "hpccomm/hpccomm-0.1.0.tar.gz"
 
     license("Apache-2.0", checked_by="hpccomm")
