@@ -416,6 +416,49 @@ def test_a_method_that_skips_by_itself_skips_the_whole_step(comm: Communicator) 
         assert exchange.skipped == 1
 
 
+@pytest.mark.mpi(sizes=(1, 2, 3))
+def test_a_method_that_skips_on_one_rank_skips_the_step_on_all(comm: Communicator) -> None:
+    """Sums of local steps overflow on rank 0 only: no rank may wait for it, or take another step than it does."""
+    weights = {name: np.zeros(4, "f2") for name in "ab"}
+    local = lambda comm: hpccomm.local_sgd(  # noqa: E731
+        comm, hpccomm.every(2, hpccomm.apply_if_finite(hpccomm.scale(-1.0))), 4
+    )
+    exchange = BucketedExchange(comm, weights, local, bucket_bytes=8)
+    large = 40000.0 if comm.rank == 0 else 1.0
+    for _ in range(2):
+        exchange.add({"a": np.ones(4, "f2"), "b": np.full(4, large, "f2")})
+        steps = exchange.finish()
+    assert exchange.skipped == 1
+    assert not any(each.any() for each in steps.values())
+    exchange.add({"a": np.ones(4, "f2"), "b": np.ones(4, "f2")})
+    steps = exchange.finish()
+    assert comm.allgather([each.tolist() for each in steps.values()]).count([[-1.0] * 4] * 2) == comm.size
+
+
+@pytest.mark.parametrize("at", ["a", "b"])
+def test_buckets_stay_in_phase_after_a_skipped_step(at: str) -> None:
+    def body(comm: Any) -> None:
+        weights = {name: np.zeros(4, "f2") for name in "ab"}
+        sgd = lambda comm: hpccomm.every(2, hpccomm.chain(hpccomm.mean(comm), hpccomm.momentum(0.5)))  # noqa: E731
+        exchange = BucketedExchange(
+            comm, weights, lambda comm: hpccomm.chain(sgd(comm), hpccomm.apply_if_finite(hpccomm.scale(-1.0))), 8
+        )
+        counts = []
+        for step in range(6):
+            gradients = {name: np.full(4, 40000.0 if name == at and step < 2 else 1.0, "f2") for name in "ab"}
+            exchange.add(gradients)
+            exchange.finish()
+            counts.append([sorted(map(str, map(micro_steps, exchange.state)))])
+        assert all(len(set(each[0])) == 1 for each in counts), counts
+
+    run_on_ranks(2, body)
+
+
+def micro_steps(state: Any) -> int:
+    """How many gradients ``every`` has added."""
+    return int(state[0].micro_steps)
+
+
 @pytest.mark.mpi(sizes=(2, 3))
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_goes_on_with_fewer_ranks(comm: Communicator, name: str, capfd: Any) -> None:

@@ -82,6 +82,8 @@ def test_a_machine_with_slow_lines_and_memory_fills_slots_with_ordinary_stores()
         ({"line_ns": 440}, "direct", 4 * 98304),
         ({"handover": 4.0}, "direct", 98304 // 4),
         ({"handover": 4.0}, "registered", 2048),
+        ({"handover": 4.0}, "in_tree", 384),
+        ({"line_ns": 440}, "in_tree", 4096),
         ({"l3": 16 << 20}, "nontemporal", 1 << 24),
         ({"l3": 96 << 20}, "nontemporal", 1 << 26),
         ({"l3": 16 << 20, "cache_groups": 4}, "nontemporal", 1 << 26),
@@ -229,9 +231,10 @@ def test_the_file_of_another_user_is_not_shared(home: Path, monkeypatch: pytest.
 
 
 def cpu(folder: Path, number: int, package: int, group: str, sizes: tuple[str, ...] = ("32K", "1M", "32M")) -> None:
-    """A core as the system describes it."""
+    """A core as the system describes it; a package has one memory."""
     topology = folder / f"cpu{number}" / "topology"
     topology.mkdir(parents=True)
+    (folder / f"cpu{number}" / f"node{package}").mkdir()
     (topology / "physical_package_id").write_text(f"{package}\n")
     (topology / "thread_siblings_list").write_text(f"{number % 8},{number % 8 + 8}\n")
     for level, size in enumerate(sizes, 1):
@@ -265,10 +268,10 @@ def test_pairs_of_cores_are_near_and_as_far_apart_as_possible() -> None:
 
 @pytest.mark.usefixtures("machine_with_two_packages")
 def test_a_rank_is_where_all_of_its_cores_are() -> None:
-    assert probe.common_place((0, 1)) == ("0", "0-1")
-    assert probe.common_place((0, 2)) == ("0", "")
-    assert probe.common_place(range(8)) == ("", "")
-    assert probe.common_place(()) == ("", "")
+    assert probe.common_place((0, 1)) == ("0", "node0", "0-1")
+    assert probe.common_place((0, 2)) == ("0", "node0", "")
+    assert probe.common_place(range(8)) == ("", "", "")
+    assert probe.common_place(()) == ("", "", "")
     assert probe.read_caches(0)[:3] == (32 << 10, 1 << 20, 32 << 20)
 
 

@@ -13,7 +13,11 @@ import hpccomm
 from hpccomm.algorithms import message_paths
 from hpccomm.algorithms.message_paths import EXCHANGES, choose_path
 from hpccomm.algorithms.transforms import Transform, flush
+from hpccomm.collectives.compressed import prices
 from hpccomm.errors import ArgumentError
+from hpccomm.layout import Layout
+from hpccomm.performance import sparse_cost
+from hpccomm.performance.machine import Machine
 from hpccomm.testing import run_on_ranks
 
 F32 = np.float32
@@ -247,7 +251,7 @@ def test_long_vectors_are_sent_densely_where_their_messages_would_take_longer(
 
 
 def test_a_compressor_that_sends_most_elements_becomes_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(message_paths, "LONG", 100)
+    monkeypatch.setattr(prices, "LONG", 100)
 
     def body(comm: Any) -> None:
         method, weights = hpccomm.feedback(hpccomm.topk(0.9), comm), np.zeros(30_000, F32)
@@ -292,3 +296,45 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
 def test_paths_that_cannot_be_taken_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         make()
+
+
+def test_a_backlog_of_messages_is_not_lost_in_a_dense_sum_that_overflows() -> None:
+    """A residual that a rank can hold may be too large for the sum of all ranks': then the step is skipped."""
+
+    def body(comm: Any) -> None:
+        weights, large = np.zeros(64, F32), np.full(64, 1.5e38, F32)
+        messages = hpccomm.feedback(hpccomm.randomk(0.25), comm, exchange="allgather")
+        _, state = messages.update(large, messages.init(weights), weights)
+        before = state.residual.copy()
+        dense = hpccomm.feedback(hpccomm.randomk(0.25), comm, exchange="dense")
+        step, state = dense.update(np.ones(64, F32), state, weights)
+        assert state.skipped == 1
+        assert not step.any()
+        assert np.array_equal(state.residual, before)
+
+    run_on_ranks(4, body)
+
+
+@pytest.mark.parametrize("p", range(1, 18))
+def test_sums_by_doubling_are_priced_with_the_messages_that_they_send(p: int) -> None:
+    """Ranks beyond the last power of two send a message before the rounds, and get one after them."""
+    inner = 1 << (p.bit_length() - 1)
+    phases = prices.exact_phases(1e6, 1e3, prices.Place(p, 1))["recursive_doubling"]
+    assert len(phases) == inner.bit_length() - 1 + 2 * (p > inner)
+    sizes = [each.nbytes for each in phases]
+    assert sizes == sorted(sizes)
+
+
+def test_uneven_nodes_have_as_many_ranks_as_they_have() -> None:
+    class Comm:
+        size = 8
+        layout = Layout(np.array([0] * 7 + [1]), ("a", "b"))
+
+    place = prices.place_of(Comm())
+    assert (place.nodes, place.per_node, place.ranks) == (2, 7, 8)
+    assert place.level(prices.LEADERS).ranks == 2
+
+
+def test_short_vectors_are_predicted_on_the_path_that_they_take() -> None:
+    found = sparse_cost.choose_row(4, 2, 1 << 16, 0.01, 4, Machine())
+    assert found.algorithm == "node"

@@ -107,9 +107,9 @@ class BucketInFlight:
         single = self.gradient.dtype == np.float32
         return bool(kernels(self.gradient).all_finite(self.gradient) if single else np.isfinite(self.gradient).all())
 
-    def update(self, keep: bool) -> bool:
+    def update(self) -> bool:
         """Take the method's step, with a copy of the state to return to; whether its method has skipped it."""
-        self.kept = map_declared(keep_values, self.state) if keep else None
+        self.kept = map_declared(keep_values, self.state)
         skipped = count_skipped(self.state)
         step, self.state = self.method.update(self.gradient, self.state, self.flatten_weights())
         self.step = self.layout.restore(step)
@@ -132,8 +132,8 @@ class BucketedExchange:
     threshold) sees one bucket at a time.
 
     If a gradient of any rank is not finite, all ranks skip the whole step: every step is zero, residuals and momenta
-    are those of before, a loss scale halves, and ``skipped`` counts it.  Each bucket but the last keeps a copy of its
-    state for this until the step ends.
+    are those of before, a loss scale halves, and ``skipped`` counts it; so they do if the method of a bucket skips the
+    step on some rank.  Each bucket keeps a copy of its state for this until the step ends.
 
     >>> from mpi4py import MPI
     >>> from hpccomm import chain, mean, scale
@@ -181,8 +181,8 @@ class BucketedExchange:
         """Steps that all ranks skipped because a gradient was not finite."""
         self.skips = False
         """Whether this step is skipped."""
-        self._counted: BucketInFlight | None = None
-        """The bucket whose method skipped this step by itself."""
+        self._skips_here = False
+        """Whether a method has skipped this step on this rank, which the other ranks hear at the next bucket."""
         self._failure = ""
         """What made this step fail on all ranks."""
         self._broken: BaseException | None = None
@@ -279,8 +279,7 @@ class BucketedExchange:
         try:
             self._failure = self._failure or self._compare(bucket, channel)
             if not self._failure and not self.skips:
-                self.skips = bucket.update(keep=bucket is not self.buckets[-1])
-                self._counted = bucket if self.skips else None
+                self._skips_here = bucket.update()
         except BaseException as error:
             self._broken = error
             raise
@@ -289,7 +288,8 @@ class BucketedExchange:
 
     def _compare(self, bucket: BucketInFlight, channel: Any) -> str:
         """What is wrong if a rank has not begun the bucket; where one is not finite the step is skipped."""
-        mine = FINITE if bucket.begun and bucket.is_finite() else NOT_FINITE if bucket.begun else ABSENT
+        fine = not self._skips_here and bucket.begun and bucket.is_finite()
+        mine = FINITE if fine else NOT_FINITE if bucket.begun else ABSENT
         everyone = np.empty(channel.size, np.int64)
         channel.Allgather(np.array([mine], np.int64), everyone)
         absent = np.flatnonzero(everyone == ABSENT).tolist()
@@ -310,23 +310,31 @@ class BucketedExchange:
         mine = [str(each) for each in self.buckets if not each.begun]
         for bucket in self.buckets[len(self._calls) :]:
             self._issue(bucket)
-        calls, self._calls = self._calls, []
+        calls, self._calls = (
+            [*self._calls, submit(self.comm, self._agree, Fingerprint("end of step"), here=self._here)],
+            [],
+        )
         failure = self._wait(calls)
         if self.skips and not failure:
             self._skip_step()
         for bucket in self.buckets:
             bucket.clear(goes_back=bool(failure))
-        self.skips, self._counted = False, None
+        self.skips = self._skips_here = False
         if failure:
             raise (ArgumentError if mine else MismatchError)(f"{self.who}: {failure}")
         return {name: self.bucket_of[name].step[name] for name, first in self._tied.items() if name == first}
 
+    def _agree(self, channel: Any) -> None:
+        """Let all ranks hear that a method has skipped the last bucket on some rank."""
+        everyone = np.empty(channel.size, bool)
+        channel.Allgather(np.array([self._skips_here]), everyone)
+        self.skips = self.skips or bool(everyone.any())
+
     def _skip_step(self) -> None:
         """Return to the states before this step, and count it as skipped."""
         for bucket in self.buckets:
-            if bucket is not self._counted:
-                bucket.go_back()
-                bucket.state = skip_step(bucket.state)
+            bucket.go_back()
+            bucket.state = skip_step(bucket.state)
             bucket.step = bucket.layout.restore(np.zeros_like(bucket.gradient))
         self.skipped += 1
 

@@ -419,7 +419,7 @@ class FeedbackExchange:
     def can_accumulate(self, gradient: Vector, state: FeedbackState, ranks: int) -> bool:
         """Whether u and v of so many ranks together stay finite, now and when the momentum of today has run out."""
         peak = largest(gradient)
-        if peak <= NEVER_OVERFLOWS:
+        if peak <= NEVER_OVERFLOWS and (ranks == 1 or largest(state.residual) <= NEVER_OVERFLOWS):
             return True
         moving = 0.0 if state.momentum is None else largest(state.momentum)
         ahead = (moving + peak) / (1 - self.momentum)

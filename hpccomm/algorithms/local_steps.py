@@ -315,7 +315,7 @@ class PeriodicSteps:
             start = widen(local)
             # should more ranks go on, the outer transform begins from here; what it has cost so far counts
             spent = state.report.add(report(state.outer).cost)
-            outer = restart(self.outer, state.outer, start, int(state.batches > 0))
+            outer = restart(self.outer, state.outer, start, int(state.steps > 0))
             next_block = state._replace(steps=0, batches=0, weight_at_start=self.count_samples())
             return local, next_block._replace(start=start, outer=outer, report=spent), last
         with np.errstate(invalid="ignore", over="ignore"):

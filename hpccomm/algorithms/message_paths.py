@@ -25,14 +25,13 @@ import numpy as np
 
 from hpccomm.algorithms.compression.format import Kind
 from hpccomm.algorithms.transforms import Vector
-from hpccomm.collectives.compressed.prices import cheapest, path_phases, place_of
+from hpccomm.collectives.compressed import prices
+from hpccomm.collectives.compressed.prices import place_of
 from hpccomm.collectives.compressed.sparse import hierarchical_allreduce, sparse_allreduce
 from hpccomm.kernels.vectors.reference import Indices
 
 AUTO, ALLGATHER, NODE, DENSE, LEADERS = "auto", "allgather", "node", "dense", "leaders"
 
-LONG = 1 << 16
-"""Elements from which bytes, and not rounds, decide whether messages are worth it."""
 TRY_AGAIN = 64
 """Dense steps after which messages are tried again."""
 ELEMENT_BYTES = {Kind.WORDS: 4, Kind.SPARSE: 8, Kind.CELLS: 4}
@@ -85,18 +84,9 @@ EXCHANGES = (AUTO, ALLGATHER, DENSE, *PATHS, LEADERS)
 """The names of all exchanges; a state holds the position of the last one."""
 
 
-def is_node_aware(comm: Any) -> bool:
-    """Whether a node of several ranks exchanges with other nodes."""
-    layout = getattr(comm, "layout", None)
-    return layout is not None and layout.count > 1 and max(layout.per_node) > 1 and comm.size == layout.size
-
-
 def choose_path(comm: Any, n: int, nbytes: int, elements: int) -> str:
     """The path of the next step by its price; ``nbytes`` and ``elements`` of the longest message, 0 if not known."""
-    if n < LONG or not nbytes:
-        return NODE if is_node_aware(comm) else ALLGATHER
-    place = place_of(comm)
-    return cheapest(path_phases(n, elements, nbytes, place), place)
+    return prices.choose_by_price(n, elements, nbytes, place_of(comm))
 
 
 def elements_in(nbytes: int, kinds: frozenset[Kind], n: int) -> int:
@@ -109,8 +99,7 @@ def is_worth_messages(comm: Any, n: int, density: float, exchange: str) -> bool:
     """Whether messages of this density take less time than a dense allreduce; of short vectors, fewer bytes."""
     if not n:
         return False
-    if n < LONG or exchange != AUTO:
+    if n < prices.LONG or exchange != AUTO:
         senders = place_of(comm).nodes if exchange == LEADERS else comm.size
         return density * senders <= 1
-    place = place_of(comm)
-    return cheapest(path_phases(n, density * n, 8 * density * n, place), place) != DENSE
+    return prices.choose_by_price(n, density * n, 8 * density * n, place_of(comm)) != DENSE

@@ -142,10 +142,11 @@ def skip_step(state: Any) -> Any:
 
 
 def count_skipped(state: Any) -> int:
-    """The steps that all ranks have skipped, by the outermost parts of a state that count them."""
-    if hasattr(state, "skipped"):
-        return int(state.skipped)
-    return sum(map(count_skipped, state)) if isinstance(state, tuple) else 0
+    """What all parts of a state count as skipped, together; it grows with every step that one of them skips."""
+    if not isinstance(state, tuple):
+        return 0
+    parts = [each for name, each, _ in children_of(state) if name != "inner_start"]  # which a block began from
+    return int(getattr(state, "skipped", 0)) + sum(map(count_skipped, parts))
 
 
 def map_parts(function: Callable[..., Any], state: Any, *others: Any) -> Any:

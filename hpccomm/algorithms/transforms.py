@@ -171,11 +171,19 @@ def chain(*transforms: Transform) -> Chain:
 
 
 def restart(transform: Any, state: Any, weights: Vector, updates: int) -> Any:
-    """The state of ``init(weights)``, but that schedules go on: their states, numbers of updates, count more."""
-    if isinstance(transform, Chain):
-        pairs = zip(transform.terms, state, strict=True)
-        return tuple(restart(each, before, weights, updates) for each, before in pairs)
-    return state + updates if isinstance(state, int) else transform.init(weights)
+    """The state of ``init(weights)``, but that schedules go on: states that are a number, of updates, count more.
+
+    So do those of the terms of a chain, and of a transform within another one, which is its state's ``inner``.
+    """
+
+    def go_on(fresh: Any, before: Any) -> Any:
+        if isinstance(before, int):
+            return before + updates
+        if type(before) is tuple:
+            return tuple(map(go_on, fresh, before))
+        return fresh._replace(inner=go_on(fresh.inner, before.inner)) if hasattr(before, "inner") else fresh
+
+    return go_on(transform.init(weights), state)
 
 
 def stateless(step: Callable[[Vector, Vector], Vector]) -> Transform:

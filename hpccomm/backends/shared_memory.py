@@ -56,7 +56,7 @@ from hpccomm.kernels.shared_memory import collectives as kernels
 from hpccomm.kernels.shared_memory import memory, records
 from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
 from hpccomm.kernels.shared_memory.records import fill
-from hpccomm.performance.machine import DEFAULTS, Parameters, derive_parameters
+from hpccomm.performance.machine import DEFAULTS, Parameters, derive_parameters, floor_power
 from hpccomm.performance.probe import Found, Place, common_place, load_once
 from hpccomm.transports.segment import PAGE, SharedSegment
 
@@ -130,14 +130,11 @@ class SharedMemory:
         """Whether ranks may copy from each other's memory."""
 
     def _plant_tree(self, cores: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
-        """Let barriers of many ranks go along a tree; returns the children of this rank."""
+        """Let many ranks meet along a tree; returns the words that the state record points to."""
         if self.size <= self.parameters.flat_ranks:
             return np.zeros(0, np.int64)
         places = self._node.allgather(common_place(cores[self.rank]))
-        parents = parents_of(places, self.parameters.tree_arity)
-        children = np.array([q for q, parent in enumerate(parents) if parent == self.rank], np.int64)
-        fill(self._state, tree=1, parent=parents[self.rank], child_count=len(children), child=children.ctypes.data)
-        return children
+        return plant_tree(self._state, parents_of(places, self.parameters.tree_arity))
 
     def _can_reach(self, facts: Sequence[RankFacts]) -> bool:
         """Whether all ranks may copy from each other's memory, which a system can forbid (collective).
@@ -304,7 +301,7 @@ class SharedMemory:
             nontemporal = send != recv and nbytes * self.size >= self.parameters.nontemporal
         call = self._reduction(("allreduce", once), dtype, op, fingerprint, nbytes)
         fill(call, once=once, nontemporal_out=nontemporal)
-        self._vector(call, send, recv, nbytes, self._direct_sum)
+        self._vector(call, "allreduce", send, recv, nbytes, self._direct_sum)
         ranges = [(send, nbytes)] if once else [(send, nbytes), (recv, nbytes)]
         allocation = self._allocation(*ranges) if nbytes >= self.parameters.registered else None
         if nbytes >= self.parameters.registered and call["protocol"] == kernels.BUFFERED:
@@ -325,7 +322,7 @@ class SharedMemory:
             return copy_plan(recv, send, nbytes)
         call = self._reduction(("reduce", root), dtype, op, fingerprint, nbytes)
         call["root"] = root
-        self._vector(call, send, recv, nbytes, self._direct)
+        self._vector(call, "reduce", send, recv, nbytes, self._direct)
         return self._generalise(self._plan("reduce", call, nbytes), nbytes)
 
     def bind_reduce_scatter(
@@ -342,6 +339,7 @@ class SharedMemory:
         call = self._reduction(key, dtype, op, fingerprint, mine if even else 0, cuts)
         protocol = kernels.DIRECT if cuts[-1] <= records.BUFFER else kernels.PIPELINE
         fill(call, send=send, nbytes=cuts[-1], protocol=protocol, block=self._rank_slot_bytes())
+        self._send_in_tree(call, "reduce_scatter", cuts[-1])
         disjoint = recv + mine <= send or send + cuts[-1] <= recv or recv == send + cuts[self.rank]
         if disjoint:
             call["recv"] = recv
@@ -372,6 +370,8 @@ class SharedMemory:
         fill(call, slot_stride=self._slot_stride(max(counts)), segment=segment)
         if self._uses_single_copy("allgather", sum(counts)):
             call["protocol"] = kernels.SINGLE_COPY
+        else:
+            self._send_in_tree(call, "allgather", max(counts))
         plan = self._plan("allgather", call, max(counts))
         in_order = even and list(places) == [counts[0] * q for q in range(self.size)]
         return self._generalise(plan, counts[0]) if in_order else self._release_addresses(plan)
@@ -384,9 +384,9 @@ class SharedMemory:
             return copy_plan(address, address, 0)
         call = self._call(("bcast", root), fingerprint, nbytes)
         call["root"] = root
-        self._vector(call, address, address, nbytes, records.BUFFER)
+        self._vector(call, "bcast", address, address, nbytes, records.BUFFER)
         if self._uses_single_copy("bcast", nbytes):
-            call["protocol"] = kernels.SINGLE_COPY
+            fill(call, protocol=kernels.SINGLE_COPY, carries=kernels.NOTHING)
         plan = self._plan("bcast", call, nbytes, stall_handler=stall_handler)
         return self._generalise(plan, nbytes)
 
@@ -436,6 +436,20 @@ class SharedMemory:
         least: int = getattr(self.parameters, f"{name}_single_copy" + ("_of_two" if self.size == 2 else ""))
         return least
 
+    def _most_in_tree(self, name: str) -> int:
+        """Up to how many bytes a rank a collective goes along the tree; -1 if it never does.
+
+        The root of the tree has the blocks of all ranks in its buffer.
+        """
+        if not len(self._tree) or SERVES.get(name, Serves()).carries == kernels.NOTHING:
+            return -1
+        return min(self.parameters.in_tree, records.BUFFER // (1 if name == "bcast" else self.size))
+
+    def _send_in_tree(self, call: npt.NDArray[Any], name: str, nbytes: int) -> None:
+        """Let a small call go along the tree."""
+        if nbytes <= self._most_in_tree(name):
+            fill(call, protocol=kernels.IN_TREE, carries=SERVES[name].carries)
+
     def _slot_stride(self, nbytes: int) -> int:
         """Bytes of the parts of a slot that consecutive calls use in turn, 0 for none."""
         return 0 if self._crowded else slot_stride(nbytes, self._slot)
@@ -469,11 +483,12 @@ class SharedMemory:
         fill(call, item=itemsize(dtype), fold=self._fold(op, code))
         return call
 
-    def _vector(self, call: npt.NDArray[Any], send: int, recv: int, nbytes: int, most: int) -> None:
+    def _vector(self, call: npt.NDArray[Any], name: str, send: int, recv: int, nbytes: int, most: int) -> None:
         """Complete the record for a call on a whole vector; up to ``most`` bytes need one barrier."""
         fill(call, send=send, recv=recv, nbytes=nbytes, block=self._slot, slot_stride=self._slot_stride(nbytes))
         small = kernels.INLINE if nbytes <= records.PAYLOAD_BYTES else kernels.BUFFERED
         call["protocol"] = small if nbytes <= most else kernels.PIPELINE
+        self._send_in_tree(call, name, nbytes)
 
     # Code
 
@@ -499,7 +514,7 @@ class SharedMemory:
         stall_handler: StallHandler | None = None,
     ) -> SharedCall:
         """The plan of a call; ``nbytes`` is its size for the autotuner."""
-        if call["protocol"] not in (kernels.INLINE, kernels.SINGLE_COPY) and nbytes >= AUTOTUNE_BYTES:
+        if call["protocol"] not in UNTUNED and nbytes >= AUTOTUNE_BYTES:
             call["tuning"] = self._tuning_row(name, nbytes)
         return SharedCall(self, name, call, stall_handler or self.stall_handler, allocation)
 
@@ -518,7 +533,7 @@ class SharedMemory:
 
     def _set_release(self, plan: SharedCall) -> SharedCall:
         """Note whether a plan may wait so long that it releases the GIL."""
-        plan.releases = int(plan.call["protocol"] not in SERVES[plan.name].short)
+        plan.releases = int(plan.call["protocol"] not in (kernels.IN_TREE, *SERVES[plan.name].short))
         return plan
 
     def lengths(self, name: str, nbytes: int) -> tuple[int, int]:
@@ -533,6 +548,7 @@ class SharedMemory:
         """The lengths at which the record of a collective's calls changes."""
         serves, powers = SERVES.get(name, Serves()), [1 << k for k in range(63)]
         at = [0, AUTOTUNE_BYTES, *powers, *(each + 1 for each in powers), *serves.starts(self)]
+        at.append(self._most_in_tree(name) // (self.size if serves.blockwise else 1) + 1)
         if name in SINGLE_COPIES:
             at.append(-(-self._single_copy_bytes(name) // (1 if serves.sized else self.size)))
         if serves.blockwise:
@@ -607,6 +623,8 @@ class Serves(NamedTuple):
     """The protocols in which a call does not wait for long."""
     starts: Callable[[SharedMemory], Sequence[int]] = lambda memory: ()
     """First lengths with another record than shorter calls; those of all collectives are not among them."""
+    carries: int = kernels.NOTHING
+    """What small calls of many ranks send along the tree."""
 
 
 PAYLOAD_END, BUFFER_END = records.PAYLOAD_BYTES + 1, records.BUFFER + 1
@@ -619,13 +637,18 @@ SERVES = {
             *(PAYLOAD_END, memory._direct_sum + 1, memory.parameters.registered),
             -(-memory.parameters.nontemporal // memory.size),
         ),
+        carries=kernels.SUM_TO_ALL,
     ),
-    "reduce": Serves(sized=1, starts=lambda memory: (PAYLOAD_END, memory._direct + 1)),
-    "bcast": Serves(sized=1, starts=lambda memory: (PAYLOAD_END, BUFFER_END)),
-    "allgather": Serves(TABLES.index("allgather"), starts=lambda memory: (BUFFER_END,)),
+    "reduce": Serves(sized=1, starts=lambda memory: (PAYLOAD_END, memory._direct + 1), carries=kernels.SUM_TO_ROOT),
+    "bcast": Serves(sized=1, starts=lambda memory: (PAYLOAD_END, BUFFER_END), carries=kernels.VECTOR_OF_ROOT),
+    "allgather": Serves(TABLES.index("allgather"), starts=lambda memory: (BUFFER_END,), carries=kernels.BLOCKS_TO_ALL),
     "alltoall": Serves(TABLES.index("alltoall"), checked=0, blockwise=True),
     "reduce_scatter": Serves(
-        TABLES.index("blocks"), 1, blockwise=True, starts=lambda memory: (records.BUFFER // memory.size + 1,)
+        TABLES.index("blocks"),
+        sized=1,
+        blockwise=True,
+        starts=lambda memory: (records.BUFFER // memory.size + 1,),
+        carries=kernels.SUM_IN_BLOCKS,
     ),
     "barrier": Serves(),
 }
@@ -718,6 +741,8 @@ SHORT_TRIAL_BYTES = 1 << 24
 """From here on a trial is short, since every call in it takes milliseconds."""
 SINGLE_COPIES = ("bcast", "alltoall", "allgather")
 """Collectives that can copy from process to process."""
+UNTUNED = (kernels.INLINE, kernels.SINGLE_COPY, kernels.IN_TREE)
+"""Protocols in which the way to fill slots makes no difference."""
 
 
 def find_parameters(node: Any, cores: Sequence[Sequence[int]], given: Parameters | None) -> tuple[Parameters, str]:
@@ -731,7 +756,7 @@ def find_parameters(node: Any, cores: Sequence[Sequence[int]], given: Parameters
 
 
 def parents_of(places: Sequence[Place], arity: int) -> list[int]:
-    """The parent of each rank in a tree that crosses packages and caches as seldom as it can; -1 for the root.
+    """The parent of each rank in a tree that crosses packages, domains and caches as seldom as it can; -1 for the root.
 
     On each level a rank has at most ``arity`` children, and the lowest rank of a group is its root.
     """
@@ -752,6 +777,26 @@ def parents_of(places: Sequence[Place], arity: int) -> list[int]:
 
     plant(list(range(len(places))), 0)
     return parents
+
+
+def plant_tree(state: npt.NDArray[Any], parents: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Write a rank's part of a tree into its state record; returns the words that the record points to.
+
+    The *place* of a rank: first itself, then the ranks below each of its children, one child after the other.
+    """
+    rank, sizes = int(state["rank"]), [1] * len(parents)
+    for q in range(len(parents) - 1, 0, -1):
+        sizes[parents[q]] += sizes[q]
+    places, after = [0] * len(parents), [1] * len(parents)
+    for q in range(1, len(parents)):
+        places[q] = after[parents[q]]
+        after[parents[q]], after[q] = places[q] + sizes[q], places[q] + 1
+    children = [(q, places[q] + sizes[q]) for q, parent in enumerate(parents) if parent == rank]
+    words = np.array([*np.argsort(places), *(word for child in children for word in child)], np.int64)
+    rows = words.ctypes.data + records.W * len(parents)
+    fill(state, tree=1, parent=parents[rank], child_count=len(children), child=rows)
+    fill(state, order=words.ctypes.data, first=places[rank], end=places[rank] + sizes[rank])
+    return words
 
 
 def new_tuning_table(slot: int, parameters: Parameters = DEFAULTS, direct_sum: int = 12288) -> npt.NDArray[Any]:
@@ -782,11 +827,13 @@ def slot_stride(nbytes: int, slot: int) -> int:
 
 
 def slot_bytes(ranks: int, most: int = DEFAULTS.slot) -> int:
-    """Bytes of a slot, a power of two; less for many ranks, to save memory."""
-    return most if ranks <= MANY_RANKS else most // 2
+    """Bytes of a slot, a power of two: less for many ranks, but always a cache line for each of them."""
+    bounded = min(most, floor_power(ALL_SLOTS // (records.RING * ranks)))
+    return max(bounded, 1 << (kernels.ALIGNMENT * ranks - 1).bit_length())
 
 
-MANY_RANKS = 32
+ALL_SLOTS = 1 << 25
+"""Bytes of the slots of all ranks of a node, unless each has less than 64 a rank."""
 
 
 class Allocation:

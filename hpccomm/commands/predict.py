@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
 
 def print_compressed(args: argparse.Namespace, nbytes: float, machine: Machine) -> None:
     """Print the time of compressed exchanges, and the density at which sparse and dense are equally fast."""
-    print(f"# compressed: {args.density:g} of the float32 elements, or one bit of each; messages only, no computing")
+    what = f"{args.density:g} of the float32 elements, or a code of each"
+    print(f"# compressed: {what}; messages and sums of them, no coding")
     for each in sparse_cost.predictions(args.nodes, args.per_node, nbytes, args.density, machine):
         print(line(each))
     for method, (_, width) in sparse_cost.MESSAGES.items():

@@ -39,10 +39,12 @@ def emit(name: str, module: str, signature: str) -> tuple[bytes, dict[str, Any]]
 def compile_object(name: str, function: Callable[..., Any], signature: Any) -> bytes:
     """The object file of a function, in which it is called ``name``."""
     module = llvmlite.binding.parse_assembly(link_library(name, function, signature).get_llvm_str())
+    machine = make_target_machine()
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
     for each in module.functions:
         if not each.is_declaration and each.name != name:
             each.linkage = "internal"
-    return bytes(make_target_machine().emit_object(module))
+    return bytes(machine.emit_object(module))
 
 
 def make_target_machine() -> Any:

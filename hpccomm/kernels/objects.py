@@ -181,12 +181,12 @@ _COMPLETE: list[bool] = []
 
 
 def find_all() -> bool:
-    """Whether all functions have files now; remembered once they have."""
-    present: set[str] = set()
+    """Whether all functions have files that this user can read now; remembered once they have."""
+    absent = set(map(file_name, EMITTED))
     for folder in folders():
         with contextlib.suppress(OSError):
-            present.update(os.listdir(folder))
-    found = present.issuperset(map(file_name, EMITTED))
+            absent -= {each for each in absent.intersection(os.listdir(folder)) if os.access(folder / each, os.R_OK)}
+    found = not absent
     _COMPLETE.extend([True] * found)
     return found
 

@@ -1,4 +1,4 @@
-"""SIMD vectors of sixteen float32 and of eight float64 as types of Numba, for loops over addresses.
+"""SIMD vectors of sixteen float32 or uint32 and of eight float64 as types of Numba, for loops over addresses.
 
 A comparison returns a mask, a uint64 whose bit j belongs to lane j.  LLVM lowers it to instructions of the
 processor: one with AVX-512, several elsewhere.
@@ -16,14 +16,16 @@ from numba import types
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic, overload, register_jitable
 
-from hpccomm.kernels.intrinsics import I8, I64, external, instruction, pointer
+from hpccomm.kernels.intrinsics import I8, I32, I64, external, instruction, pointer
 
 LANES = 16
 SINGLES = ir.VectorType(ir.FloatType(), LANES)
 DOUBLES = ir.VectorType(ir.DoubleType(), LANES // 2)
+INTEGERS = ir.VectorType(I32, LANES)
+OCTETS = ir.VectorType(I8, LANES)
 MASK = ir.VectorType(ir.IntType(1), LANES)
 BITS = ir.IntType(LANES)
-LINE = ir.VectorType(I8, 64)
+LINE = ir.VectorType(I8, 4 * LANES)
 
 
 class Vector(types.Type):  # type: ignore[misc]
@@ -36,6 +38,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 float32x16 = Vector("float32x16", SINGLES)
 float64x8 = Vector("float64x8", DOUBLES)
+uint32x16 = Vector("uint32x16", INTEGERS)
 
 
 @register_default(Vector)
@@ -83,9 +86,19 @@ def compiler_fence(builder):
 @instruction(float32x16, types.float32)
 def splat(builder, value):
     """One number in all sixteen lanes."""
-    one = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), value, ir.Constant(I64, 0))
-    order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    return builder.shuffle_vector(one, ir.Constant(SINGLES, ir.Undefined), order)
+    return repeat(builder, value, SINGLES)
+
+
+@instruction(uint32x16, types.uint32)
+def splat_word(builder, value):
+    """One integer in all sixteen lanes."""
+    return repeat(builder, value, INTEGERS)
+
+
+def repeat(builder: Any, value: Any, kind: Any) -> Any:
+    """A vector with one value in all lanes."""
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I64, 0))
+    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(INTEGERS, [0] * LANES))
 
 
 def binary_intrinsic(kind: Vector, instruction: str) -> Any:
@@ -101,23 +114,25 @@ def binary_intrinsic(kind: Vector, instruction: str) -> Any:
     return both
 
 
-def make_overload(instruction: str) -> Callable[..., Any]:
+def make_overload(instructions: dict[Vector, str]) -> Callable[..., Any]:
     """The function that Numba calls to find the implementation of an operator for two types."""
-    single, double = binary_intrinsic(float32x16, instruction), binary_intrinsic(float64x8, instruction)
+    intrinsics = {kind: binary_intrinsic(kind, instruction) for kind, instruction in instructions.items()}
 
     def find_operator(a, b):  # type: ignore[no-untyped-def]
-        both = single if a is float32x16 else double
+        both = intrinsics.get(a)
 
         def result(a, b):  # type: ignore[no-untyped-def]
             return both(a, b)
 
-        return result if isinstance(a, Vector) and a is b else None
+        return result if both and a is b else None
 
     return find_operator
 
 
-for _operator, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
-    overload(_operator)(make_overload(_instruction))
+for _operator, _instruction in ((operator.add, "add"), (operator.sub, "sub"), (operator.mul, "mul")):
+    _floats = dict.fromkeys((float32x16, float64x8), f"f{_instruction}")
+    overload(_operator)(make_overload({**_floats, uint32x16: _instruction}))
+overload(operator.xor)(make_overload({uint32x16: "xor"}))
 
 
 @instruction(float64x8)
@@ -164,6 +179,18 @@ def magnitude(builder, value):
     return builder.call(external(builder, "llvm.fabs.v16f32", SINGLES, [SINGLES]), [value])
 
 
+@instruction(float32x16, float32x16, float32x16)
+def lesser(builder, a, b):
+    """a where a < b, else b, also where either is NaN."""
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+
+@instruction(types.uint64, float32x16, float32x16)
+def less(builder, a, b):
+    """The mask of a < b; false for NaN."""
+    return builder.zext(builder.bitcast(builder.fcmp_ordered("<", a, b), BITS), I64)
+
+
 @instruction(types.uint64, float32x16, float32x16)
 def greater_equal(builder, a, b):
     """The mask of a ≥ b; false for NaN."""
@@ -181,6 +208,99 @@ def choose(builder, mask, a, b):
     """Lanes of a where the mask has ones, else of b."""
     lanes = builder.bitcast(builder.trunc(mask, BITS), MASK)
     return builder.select(lanes, a, b)
+
+
+# Sixteen integers
+
+
+@instruction(uint32x16)
+def lane_numbers(builder):
+    """0, 1, … 15."""
+    return ir.Constant(INTEGERS, list(range(LANES)))
+
+
+@instruction(uint32x16, float32x16)
+def words_of(builder, value):
+    """The bits of floats."""
+    return builder.bitcast(value, INTEGERS)
+
+
+@instruction(uint32x16, uint32x16, types.uint32)
+def shift_left(builder, value, places):
+    """Each lane times a power of two."""
+    return builder.shl(value, repeat(builder, places, INTEGERS))
+
+
+@instruction(uint32x16, uint32x16, types.uint32)
+def shift_right(builder, value, places):
+    """Each lane over a power of two."""
+    return builder.lshr(value, repeat(builder, places, INTEGERS))
+
+
+@instruction(uint32x16, uint32x16, uint32x16)
+def one_below(builder, a, b):
+    """1 where a < b, else 0."""
+    return builder.zext(builder.icmp_unsigned("<", a, b), INTEGERS)
+
+
+@instruction(uint32x16, uint32x16, uint32x16)
+def least_word(builder, a, b):
+    """The lesser of two integers in each lane."""
+    return builder.select(builder.icmp_unsigned("<", a, b), a, b)
+
+
+@instruction(float32x16, uint32x16)
+def to_floats(builder, value):
+    """Integers below 2³¹ as floats."""
+    return builder.sitofp(value, SINGLES)
+
+
+@instruction(uint32x16, float32x16)
+def round_up(builder, value):
+    """Floats from 0 to 2³¹ - 1 as integers, rounded up."""
+    whole = builder.call(external(builder, "llvm.ceil.v16f32", SINGLES, [SINGLES]), [value])
+    return builder.fptosi(whole, INTEGERS)
+
+
+@instruction(uint32x16, uint32x16, uint32x16)
+def negate_like(builder, value, other):
+    """Integers, negated where the highest bit of the other is set."""
+    zero = ir.Constant(INTEGERS, [0] * LANES)
+    return builder.select(builder.icmp_signed("<", other, zero), builder.sub(zero, value), value)
+
+
+@instruction(uint32x16, types.uint64, uint32x16)
+def keep_words(builder, mask, value):
+    """Lanes where the mask has ones, else 0."""
+    lanes = builder.bitcast(builder.trunc(mask, BITS), MASK)
+    return builder.select(lanes, value, ir.Constant(INTEGERS, [0] * LANES))
+
+
+@instruction(types.void, types.int64, uint32x16)
+def store_octets(builder, address, value):
+    """Write the lowest byte of each lane."""
+    builder.store(builder.trunc(value, OCTETS), pointer(builder, address, OCTETS), align=1)
+
+
+@instruction(types.int64, types.int64, *[uint32x16] * 4)
+def store_pairs(builder, address, a, b, c, d):
+    """Write two bits of each lane as 16 bytes, the highest bits first; returns how many of the higher bits are set."""
+    parts = [builder.trunc(each, OCTETS) for each in (a, b, c, d)]
+    for width in (LANES, 2 * LANES):
+        order = ir.Constant(ir.VectorType(I32, 2 * width), list(range(2 * width)))
+        parts = [builder.shuffle_vector(parts[k], parts[k + 1], order) for k in range(0, len(parts), 2)]
+    four = builder.bitcast(parts[0], INTEGERS)
+    gathered = builder.mul(four, ir.Constant(INTEGERS, [0x40100401] * LANES))
+    packed = builder.trunc(builder.lshr(gathered, ir.Constant(INTEGERS, [24] * LANES)), OCTETS)
+    builder.store(packed, pointer(builder, address, OCTETS), align=1)
+    halves = builder.and_(builder.bitcast(packed, PAIR), ir.Constant(PAIR, [0xAAAAAAAAAAAAAAAA] * 2))
+    counts = builder.call(external(builder, "llvm.ctpop.v2i64", PAIR, [PAIR]), [halves])
+    return builder.add(*[builder.extract_element(counts, ir.Constant(I64, k)) for k in range(2)])
+
+
+PAIR = ir.VectorType(I64, 2)
+
+# Bits
 
 
 @instruction(types.uint64, types.int64)

@@ -15,6 +15,7 @@ slot                L2 / 4, so that the ring of a rank fits in its own cache; at
 direct_of_two       bytes that cross between two cores while two flags do: a second phase costs two flags
 direct              the same, for all ranks together
 registered          largest power of two up to direct_of_two: in place costs a second barrier, and saves the copy
+in_tree             direct_of_two / 8: bytes that cross once more while the lines of all other ranks are not read
 nontemporal         sum of the L3 caches in use, at most 64 MB: larger results leave the cache anyway
 long                2 L1: longer blocks have left L1 when another core reads them
 fills_nontemporal   unless the probe handed blocks over faster by half with ordinary stores
@@ -144,9 +145,11 @@ class Parameters(NamedTuple):
     crowded_spin: int = 20
     """The same where ranks share cores; also the least number anywhere."""
     flat_ranks: int = 16
-    """Up to so many ranks each polls all others at a barrier; above, barriers are trees."""
+    """Up to so many ranks each polls all others at a barrier; above, they meet along a tree."""
     tree_arity: int = 8
     """Children of a rank in a tree, on each level of caches."""
+    in_tree: int = 1536
+    """Up to so many bytes a rank, small calls of ranks that meet along a tree send their data along it too."""
     source: str = "defaults of the reference machine; `hpccomm warm` or `hpccomm tune` probes this one"
     """The origin of the numbers."""
 
@@ -163,6 +166,7 @@ LIMITS = {
     "direct": (4096, 1 << 20),
     "direct_of_two": (1024, 32768),
     "registered": (1024, 32768),
+    "in_tree": (64, 4096),
     "nontemporal": (1 << 21, 1 << 26),
     "long": (1 << 14, 1 << 18),
     "allgather_segment": (1 << 18, 1 << 22),
@@ -191,6 +195,7 @@ def derive_parameters(probe: Probe | None) -> Parameters:
         "crowded_spin": scale(DEFAULTS.crowded_spin, ratio(probe, "yield_ns") / ratio(probe, "poll_ns")),
     }
     values["registered"] = floor_power(values["direct_of_two"])
+    values["in_tree"] = values["direct_of_two"] // 8
     values = {name: min(max(value, LIMITS[name][0]), LIMITS[name][1]) for name, value in values.items()}
     if probe.handover and probe.handover_nontemporal:
         values["fills_nontemporal"] = probe.handover < CLEARLY * probe.handover_nontemporal

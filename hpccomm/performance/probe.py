@@ -69,6 +69,8 @@ class Place(NamedTuple):
     """Where a core is: ranks are near each other in this order of importance."""
 
     package: str = ""
+    domain: str = ""
+    """The memory that is near it (NUMA)."""
     group: str = ""
     """The cores that share its last-level cache."""
 
@@ -99,9 +101,10 @@ def read_caches(core: int) -> Caches:
 
 @cache
 def place_of(core: int) -> Place:
-    """The package and the last-level cache of a core."""
-    package = read_text(SYSTEM_CPUS / f"cpu{core}" / "topology" / "physical_package_id")
-    return Place(package, read_caches(core).group)
+    """The package, the memory and the last-level cache of a core."""
+    folder = SYSTEM_CPUS / f"cpu{core}"
+    domain = next((each.name for each in folder.glob("node[0-9]*")), "")
+    return Place(read_text(folder / "topology" / "physical_package_id"), domain, read_caches(core).group)
 
 
 def common_place(cores: Iterable[int]) -> Place:

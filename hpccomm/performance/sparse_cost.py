@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping
 from hpccomm.collectives.compressed.prices import (
     Phase,
     Place,
-    cheapest,
+    choose_by_price,
     exact_phases,
     inside_and_between,
     path_phases,
@@ -119,9 +119,9 @@ def choose_row(
 ) -> Prediction:
     """The path that ``exchange="auto"`` takes for such messages, with its predicted time."""
     place, n = place_on(nodes, per_node, machine), nbytes / 4
-    paths = path_phases(n, density * n, HEADERS + element_bytes * density * n, place)
-    name = cheapest(paths, place)
-    return next(rows({name: paths[name]}, nbytes, place, machine))
+    sent = n, density * n, HEADERS + element_bytes * density * n, place
+    name = choose_by_price(*sent)
+    return next(rows({name: path_phases(*sent)[name]}, nbytes, place, machine))
 
 
 def dense_cost(nodes: int, per_node: int, nbytes: float, machine: Machine) -> float:

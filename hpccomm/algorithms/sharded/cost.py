@@ -149,7 +149,7 @@ def reduce_us(shape: Shape, nbytes: float, machine: Machine) -> float:
 def price_coded_reduce(shape: Shape, nbytes: float, machine: Machine) -> float:
     """Time to reduce-scatter one unit of ``nbytes`` as coded: rows for the local ranks, then those for the nodes."""
     p, k = shape.partition, min(shape.partition, shape.per_node)
-    inside = Place(1, k, machine.intra, machine.inter)
+    inside = Place(1, k, machine.intra, machine.inter, machine.gamma)
     between = inside._replace(nodes=p // k, per_node=1, inter=Link(machine.inter.alpha, machine.inter.beta * k))
     last = price_phases([Phase("alltoall", nbytes / p)], between).us if shape.crosses_nodes else 0.0
     return price_phases([Phase("alltoall", nbytes / k)], inside).us + last

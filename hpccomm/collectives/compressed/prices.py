@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 from hpccomm.layout import ETHERNET, SHARED_MEMORY, Link
 
+LONG = 1 << 16
+"""Elements from which bytes, and not rounds, decide whether messages are worth it."""
 DENSE_FROM = 4
 """A sparse vector with n/4 or more elements is sent dense: merging would cost more than adding."""
 ALL, NODE, LEADERS = "all ranks", "the ranks of a node", "the first ranks of the nodes"
@@ -41,17 +43,25 @@ class Place(NamedTuple):
     inter: Link = ETHERNET
     gamma: float = 7.5e-5
     """Microseconds to sum one byte."""
+    counted: int = 0
+    """The number of ranks, where not every node has ``per_node``; 0 where it has."""
 
     @property
     def ranks(self) -> int:
         """p."""
-        return self.nodes * self.per_node
+        return self.counted or self.nodes * self.per_node
 
     def level(self, name: str) -> Place:
         """All ranks, those of a node, or the first ones of the nodes."""
         if name == ALL:
             return self
-        return self._replace(nodes=1) if name == NODE else self._replace(per_node=1)
+        even = self._replace(counted=0)
+        return even._replace(nodes=1) if name == NODE else even._replace(per_node=1)
+
+    @property
+    def has_nodes(self) -> bool:
+        """Whether a node of several ranks exchanges with other nodes."""
+        return self.nodes > 1 and self.per_node > 1
 
 
 def place_of(comm: Any) -> Place:
@@ -59,7 +69,9 @@ def place_of(comm: Any) -> Place:
     layout, machine = getattr(comm, "layout", None), getattr(comm, "machine", None)
     known = layout is not None and layout.size == comm.size
     place = Place(layout.count, max(layout.per_node)) if known and layout is not None else Place(comm.size, 1)
-    return place if machine is None else place._replace(intra=machine[0], inter=machine[1], gamma=machine[2])
+    if place.ranks != comm.size:
+        place = place._replace(counted=comm.size)
+    return place if machine is None else place._replace(intra=machine.intra, inter=machine.inter, gamma=machine.gamma)
 
 
 class Cost(NamedTuple):
@@ -186,8 +198,14 @@ def exact_phases(
         filled = density_of_sum(count / max(n, 1), ranks)
         return elements * (pair * filled if filled * DENSE_FROM < 1 else value_bytes)
 
-    rounds = [1 << each for each in range(ceil_log2(p))]
-    doubling = [Phase("sendrecv", bytes_of_sum(each), NODE if each < place.per_node else ALL) for each in rounds]
+    # ranks beyond the last power of two send their vectors to others first, and get the sum at last
+    rounds = [1 << each for each in range(p.bit_length() - 1)]
+    beyond = p > 1 << len(rounds)
+    doubling = [
+        Phase("sendrecv", bytes_of_sum(each << beyond), NODE if each < place.per_node else ALL) for each in rounds
+    ]
+    if beyond:
+        doubling = [Phase("sendrecv", bytes_of_sum(1)), *doubling, Phase("sendrecv", bytes_of_sum(p))]
     return {
         "allgather": [Phase("allgather", pair * count, sums=True)],
         "recursive_doubling": doubling,
@@ -219,11 +237,18 @@ def path_phases(n: float, elements: float, nbytes: float, place: Place) -> dict[
     """The paths of :mod:`hpccomm.algorithms.message_paths` for messages of ``nbytes`` that name ``elements`` of n."""
     gather, exact = Phase("allgather", nbytes, sums=True), exact_phases(n, elements, place)
     found = {"allgather": [gather]}
-    has_nodes, leaders = place.nodes > 1 and place.per_node > 1, place.level(LEADERS)
-    if has_nodes:
+    leaders = place.level(LEADERS)
+    if place.has_nodes:
         sums = exact_phases(n, n * density_of_sum(elements / max(n, 1), place.per_node), leaders)
         found["node"] = inside_and_between(n, sums[cheapest(sums, leaders)])
     found |= {name: exact[name] for name in ("dense", "recursive_doubling", "split")}
-    if has_nodes:
+    if place.has_nodes:
         found["leaders"] = inside_and_between(n, [gather])
     return found
+
+
+def choose_by_price(n: float, elements: float, nbytes: float, place: Place) -> str:
+    """The path of such messages by its price; that of the fewest messages for short vectors, or if nothing is known."""
+    if n < LONG or not nbytes:
+        return "node" if place.has_nodes else "allgather"
+    return cheapest(path_phases(n, elements, nbytes, place), place)

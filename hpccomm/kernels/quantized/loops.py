@@ -6,28 +6,42 @@ import numpy as np
 from numba.extending import register_jitable
 
 from hpccomm.kernels.compiler import loop
-from hpccomm.kernels.intrinsics import bits, element, float_of, set_element
+from hpccomm.kernels.intrinsics import element, float_of, set_element
 from hpccomm.kernels.quantized.reference import LEAST_NORM
 from hpccomm.kernels.reductions.loops import STORAGE
 from hpccomm.kernels.simd import (
+    LANES,
     address_of,
     floats,
     fma,
     halves,
+    hold,
+    keep_words,
+    lane_numbers,
+    least_word,
+    less,
+    lesser,
     load,
+    magnitude,
+    negate_like,
     octets,
-    popcount,
+    one_below,
     rint,
+    round_up,
+    shift_left,
+    shift_right,
     signed_octets,
     splat,
+    splat_word,
     store,
+    store_octets,
+    store_pairs,
+    to_floats,
+    words_of,
 )
-from hpccomm.kernels.vectors.loops import GROUP, maximum, minimum, round_down, sums_of
+from hpccomm.kernels.vectors.loops import GROUP, maximum, minimum, pad_tail, round_down, sums_of
 
-F32, F64, U32, U64 = np.float32, np.float64, np.uint32, np.uint64
-
-PAIR_HIGH_BITS = U64(0xAAAAAAAAAAAAAAAA)
-"""The higher bit of each pair of bits."""
+F32, F64, U32 = np.float32, np.float64, np.uint32
 
 _half_read, _half_write = STORAGE["f2"][1:]
 
@@ -149,19 +163,15 @@ def add_range(codes, scale, least, out, n):
 
 
 @register_jitable
-def uniform(i, key):
-    """Element i of :func:`hpccomm.kernels.vectors.reference.uniforms`."""
-    return F32(uniform_word(i, key)) * F32(2.0**-24)
+def hash_lanes(first, key):
+    """The hashes of sixteen elements, the first a multiple of 16, whose higher 24 bits are the ``uniforms`` times 2²⁴.
 
-
-@register_jitable
-def uniform_word(i, key):
-    """Element i of ``uniforms``, times 2²⁴."""
-    word = U32(U32(i) ^ key)
-    word = U32(U32(word ^ (word >> U32(16))) * U32(0x7FEB352D))
-    word = U32(U32(word ^ (word >> U32(15))) * U32(0x846CA68B))
-    word = U32(word ^ (word >> U32(16)))
-    return U32(word >> U32(8))
+    The numbers of the lanes do not reach the bits that the first shift moves, so that one is made once for all.
+    """
+    base = U32(U32(first) ^ key)
+    word = (splat_word(U32(base ^ (base >> U32(16)))) ^ lane_numbers()) * splat_word(U32(0x7FEB352D))
+    word = (word ^ shift_right(word, U32(15))) * splat_word(U32(0x846CA68B))
+    return word ^ shift_right(word, U32(16))
 
 
 @loop("void(int64, int64, int64, int64)")
@@ -174,29 +184,67 @@ def bucket_norms(x, bucket, to, n):
 
 @loop("void(int64, int64, int64, int64, uint32, int64, int64)")
 def qsgd(x, norms, bucket, levels, key, to, n):
-    a, b = floats(x), signed_octets(to)
-    most = F32(levels)
-    for number in range((n + bucket - 1) // bucket):
-        norm = floats(norms)[number]
-        factor = most / norm if norm > LEAST_NORM else F32(0)
-        for i in range(number * bucket, min(n, (number + 1) * bucket)):
-            value = element(a, i)
-            exact = abs(value) * factor
-            level = np.int32(exact)
-            level = np.int32(level + np.int32(uniform(i, key) < exact - F32(level)))
-            level = min(level, np.int32(levels))
-            set_element(b, i, np.int8(np.int32(-level) if value < 0 else level))
+    """Sixteen elements at a time, of one bucket or, where buckets begin elsewhere, of several."""
+    tail, codes, lanes = np.zeros(LANES, F32), np.zeros(LANES, np.uint8), np.zeros(LANES, F32)
+    step = bucket if bucket % LANES == 0 else LANES
+    for first in range(0, n, step):
+        factors = splat(level_factor(norms, first // bucket, levels))
+        if step != bucket:
+            for j in range(min(LANES, n - first)):
+                lanes[j] = level_factor(norms, (first + j) // bucket, levels)
+            factors = load(address_of(lanes))
+        for i in range(first, min(n, first + step), LANES):
+            if i + LANES <= n:
+                store_octets(to + i, levels_of(x + 4 * i, i, factors, F32(levels), key))
+            else:
+                store_octets(address_of(codes), levels_of(pad_tail(x, 0, i, n, tail), i, factors, F32(levels), key))
+                for j in range(i, n):
+                    octets(to)[j] = codes[j - i]
+    hold(tail)
+    hold(lanes)
+
+
+@register_jitable
+def level_factor(norms, number, levels):
+    """What elements of a bucket are multiplied by."""
+    norm = floats(norms)[number]
+    return F32(levels) / norm if norm > LEAST_NORM else F32(0)
+
+
+@register_jitable
+def levels_of(x, first, factors, most, key):
+    """Sixteen levels with their signs.
+
+    With v = ⌈exact·2²⁴⌉ and the uniform u/2²⁴, the fraction of exact exceeds the uniform where the lower 24 bits of
+    v + (2²⁴ - 1 - u) have a carry.
+    """
+    value = load(x)
+    exact = magnitude(value) * factors
+    scaled = round_up(lesser(exact * splat(F32(2.0**24)), splat(most * F32(2.0**24))))
+    rest = shift_right(hash_lanes(first, key) ^ splat_word(U32(0xFFFFFFFF)), U32(8))
+    return negate_like(shift_right(scaled + rest, U32(24)), words_of(value))
 
 
 @loop("void(int64, uint32, int64, int64)")
 def natural(x, key, to, n):
-    """Compare u/2²⁴ < m/2²³ as u < 2m, in integers."""
-    a, b = floats(x), octets(to)
-    for i in range(n):
-        word = bits(element(a, i))
-        exponent = U32(U32(word >> U32(23)) & U32(255))
-        exponent = U32(exponent + U32(uniform_word(i, key) < U32(U32(word & U32(0x7FFFFF)) << U32(1))))
-        set_element(b, i, np.uint8(min(exponent, U32(254))))
+    end = n - n % LANES
+    for i in range(0, end, LANES):
+        store_octets(to + i, natural_codes(x + 4 * i, i, key))
+    if end < n:
+        tail, codes = np.zeros(LANES, F32), np.zeros(LANES, np.uint8)
+        store_octets(address_of(codes), natural_codes(pad_tail(x, 0, end, n, tail), end, key))
+        hold(tail)
+        for i in range(end, n):
+            octets(to)[i] = codes[i - end]
+
+
+@register_jitable
+def natural_codes(x, first, key):
+    """Compare u/2²⁴ < m/2²³ for the mantissa m in integers: the hash, whose higher 24 bits are u, with 2⁹·m."""
+    word = words_of(load(x))
+    exponent = shift_right(shift_left(word, U32(1)), U32(24))
+    rounded = exponent + one_below(hash_lanes(first, key), shift_left(word, U32(9)))
+    return least_word(rounded, splat_word(U32(254)))
 
 
 @loop("void(int64, int64, int64, int64, int64, int64)")
@@ -222,30 +270,27 @@ def add_natural(exponents, signs, out, n):
             b[begin + j] += float_of(U32(power | minus[j]))
 
 
-@register_jitable(forceinline=True)
-def ternary_codes(x, first, count, clip, scale, key, codes):
-    """Codes: 2 minus, 3 plus, 0 not kept."""
-    a, b = floats(x), octets(codes)
-    for j in range(count):
-        value = element(a, j)
-        kept = uniform(U32(first + U32(j)), key) * scale < min(abs(value), clip)
-        set_element(b, j, np.uint8(np.uint8(np.uint8(3) - np.uint8(value < 0)) * np.uint8(kept)))
+@register_jitable
+def ternary_codes(x, first, clip, scale, key):
+    """Sixteen codes: 2 minus, 3 plus, 0 not kept."""
+    value = load(x)
+    uniform = to_floats(shift_right(hash_lanes(first, key), U32(8))) * splat(F32(2.0**-24))
+    kept = less(uniform * splat(scale), lesser(splat(clip), magnitude(value)))
+    return keep_words(kept, splat_word(U32(3)) - shift_right(words_of(value), U32(31)))
 
 
 @loop("int64(int64, float32, float32, uint32, int64, int64)")
 def ternary(x, clip, scale, key, to, n):
-    codes, packed = np.zeros(GROUP, np.uint8), np.zeros(GROUP // 4, np.uint8)
-    at, four, high = address_of(codes), codes.view(np.uint32), packed.view(np.uint64)
+    tail, pairs = np.zeros(GROUP, F32), np.zeros(GROUP // 4, np.uint8)
     count = 0
-    for begin in range(0, n, GROUP):
-        if begin + GROUP <= n:
-            ternary_codes(x + 4 * begin, U32(begin), GROUP, clip, scale, key, at)
-        else:
-            codes[:] = 0
-            ternary_codes(x + 4 * begin, U32(begin), n - begin, clip, scale, key, at)
-        for j in range(four.size):
-            packed[j] = np.uint8(U32(four[j] * U32(0x40100401)) >> U32(24))
-        count += popcount(high[0] & PAIR_HIGH_BITS) + popcount(high[1] & PAIR_HIGH_BITS)
-        for j in range(min(GROUP, (n - begin + 15) // 16 * 16) // 4):
-            octets(to)[begin // 4 + j] = packed[j]
+    for i in range(0, n, GROUP):
+        at, place = x + 4 * i, to + i // 4
+        if i + GROUP > n:
+            at, place = pad_tail(x, 0, i, n, tail), address_of(pairs)
+        a, b = ternary_codes(at, i, clip, scale, key), ternary_codes(at + 64, i + 16, clip, scale, key)
+        c, d = ternary_codes(at + 128, i + 32, clip, scale, key), ternary_codes(at + 192, i + 48, clip, scale, key)
+        count += store_pairs(place, a, b, c, d)
+    hold(tail)
+    for j in range(round_down(n) // 4, (n + 15) // 16 * 4):
+        octets(to)[j] = pairs[j - round_down(n) // 4]
     return count

@@ -13,7 +13,8 @@ Python and, with the intrinsics of :mod:`hpccomm.kernels.intrinsics` in place of
   rank has just read, and no cache line has to be fetched back from another core first.
 
 A call begins with a barrier: every rank writes its line and waits for the lines of all others.  Passing the barrier of
-call n+1 proves that every rank has left call n, so lines and buffers of call n may be written again in call n+2.  When
+call n+1 proves that every rank has left call n, so lines and buffers of call n may be written again in call n+2.  Many
+ranks meet along a tree, and small data goes along it too: see :func:`meet_in_tree`.  When
 a rank leaves a call, the others still read at most the last three blocks.  The fourth slot is therefore free for the
 first block of the next call, which is published before the barrier; each collective below gives its reason.
 """
@@ -42,6 +43,7 @@ from hpccomm.kernels.shared_memory.records import (
     CALL_RECORD,
     LINE,
     LINE_RECORD,
+    PAYLOAD_BYTES,
     REGION_RECORD,
     RING,
     SAMPLES,
@@ -100,6 +102,9 @@ TREE = offset_of(STATE_RECORD, "tree")
 PARENT = offset_of(STATE_RECORD, "parent")
 CHILD_COUNT = offset_of(STATE_RECORD, "child_count")
 CHILD = offset_of(STATE_RECORD, "child")
+ORDER = offset_of(STATE_RECORD, "order")
+FIRST = offset_of(STATE_RECORD, "first")
+END = offset_of(STATE_RECORD, "end")
 
 # The call
 STATE = offset_of(CALL_RECORD, "state")
@@ -126,6 +131,7 @@ TUNING = offset_of(CALL_RECORD, "tuning")
 ONCE = offset_of(CALL_RECORD, "once")
 CALL_SLOT_STRIDE = offset_of(CALL_RECORD, "slot_stride")
 SEGMENT = offset_of(CALL_RECORD, "segment")
+CARRIES = offset_of(CALL_RECORD, "carries")
 TABLE = CALL_RECORD.itemsize
 
 # The tuning record
@@ -143,9 +149,13 @@ TIME_CACHED = offset_of(TUNING_RECORD, "time_cached")
 TIME_NONTEMPORAL = offset_of(TUNING_RECORD, "time_nontemporal")
 
 COLLECTIVES = ("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier")
-INLINE, DIRECT, PIPELINE, BUFFERED, SINGLE_COPY = range(5)
+INLINE, DIRECT, PIPELINE, BUFFERED, SINGLE_COPY, IN_TREE = range(6)
 """The protocol of a vector: in the line; in the buffer, or in place if registered; in blocks; always in the buffer;
-single-copy (CMA)."""
+single-copy (CMA); along the tree."""
+NOTHING, BLOCKS_TO_ALL, SUM_TO_ALL, SUM_TO_ROOT, SUM_IN_BLOCKS, VECTOR_OF_ROOT = range(6)
+"""What a barrier carries along the tree."""
+DIFFERENT = -1
+"""The check of a packet if ranks make different calls; others are not negative."""
 DONE, RETRY, MISMATCH, STUCK, SHUT = 0, 1, 2, 3, 4
 """Return codes of a call.  RETRY: a rank has not arrived yet, call again."""
 
@@ -270,31 +280,132 @@ def meet_all(call, state, since, late):
 def meet_in_tree(call, state, since, late):
     """Wait for the ranks below this one, tell the rank above, wait for its answer, and pass it on.
 
-    A rank reads the words of at most its children and its parent, whatever the number of ranks.  An answer is written
-    again only in the next call, which no rank reaches before all of its children have read this one.
+    A rank reads the packets of its children and its parent only, whatever the number of ranks, and with them the data
+    of a small call: blocks go up, the root of the tree joins them or adds them up in rank order, and its answer comes
+    down.  A packet is written again only in the next call, which no rank reaches before all of its children have read
+    this one; for the buffers of both directions that holds as well.
     """
-    r, number, check, differs = load(state + RANK), load(state + CALLS), load(call + CALL_CHECK), 0
-    mine, above = region(state, r), load(state + PARENT)
-    for i in range(load(state + CHILD_COUNT)):
-        q = load(load(state + CHILD) + W * i)
-        them = region(state, q)
-        code = await_flag(state, q, them + GATHERED, number, patience(state, since), late)
+    number, check, above = load(state + CALLS), load(call + CALL_CHECK), load(state + PARENT)
+    mine = region(state, load(state + RANK))
+    if load(mine + GATHERED) != number:
+        code = gather_in_tree(call, state, since, late)
         if code != DONE:
             return code
-        if load(them + GATHERED + W) != 0 or load(line_of(state, q) + CHECK) != check:
-            differs = 1
+        announce(state, mine + GATHERED, number)
+    packet = mine + GATHERED
     if above >= 0:
-        if load(mine + GATHERED) != number:
-            store(mine + GATHERED + W, differs)
-            announce(state, mine + GATHERED, number)
-        them = region(state, above)
-        code = await_flag(state, above, them + RELEASED, number, patience(state, since), late)
+        packet = region(state, above) + RELEASED
+        code = await_flag(state, above, packet, number, patience(state, since), late)
         if code != DONE:
             return code
-        differs = load(them + RELEASED + W)
-    store(mine + RELEASED + W, differs)
-    announce(state, mine + RELEASED, number)
-    return MISMATCH if differs != 0 else DONE
+    answer = load(packet + CHECK)
+    carries = load(call + CARRIES) if answer == check else NOTHING
+    if carries != NOTHING:
+        pass_on(call, state, carries)
+    if load(state + CHILD_COUNT) != 0:
+        store(mine + RELEASED + CHECK, answer)
+        announce(state, mine + RELEASED, number)
+    if carries != NOTHING:
+        take_answer(call, state, carries)
+    return DONE if answer == check else MISMATCH
+
+
+def gather_in_tree(call, state, since, late):
+    """Wait for the ranks below this one, and put their blocks behind the own one, in the packet or in the buffer."""
+    r, number, check = load(state + RANK), load(state + CALLS), load(call + CALL_CHECK)
+    place, carries, answer, to = load(state + FIRST), load(call + CARRIES), check, 0
+    upwards = carries not in (NOTHING, VECTOR_OF_ROOT)
+    if upwards:
+        own = bytes_between(call, state, place, place + 1)
+        to = data_of(state, r, region(state, r) + GATHERED, bytes_between(call, state, place, load(state + END)))
+        copy(to, load(call + SEND), own)
+        to += own
+    place += 1
+    for i in range(load(state + CHILD_COUNT)):
+        q, end = load(load(state + CHILD) + 2 * W * i), load(load(state + CHILD) + 2 * W * i + W)
+        packet = region(state, q) + GATHERED
+        code = await_flag(state, q, packet, number, patience(state, since), late)
+        if code != DONE:
+            return code
+        if load(packet + CHECK) != check:
+            answer = DIFFERENT
+        elif upwards:
+            nbytes = bytes_between(call, state, place, end)
+            fetch(to, data_of(state, q, packet, nbytes), nbytes)
+            to += nbytes
+        place = end
+    store(region(state, r) + GATHERED + CHECK, answer)
+    return DONE
+
+
+def data_of(state, q, packet, nbytes):
+    """Where the data of a packet of rank q is: in the packet if it fits, else in the buffer."""
+    return packet + PAYLOAD if nbytes <= PAYLOAD_BYTES else buffer_of(state, q)
+
+
+def bytes_between(call, state, first, end):
+    """The bytes of the blocks of the ranks from one place of the tree to another."""
+    if load(call + CARRIES) != BLOCKS_TO_ALL:
+        return (end - first) * load(call + NBYTES)
+    total = 0
+    for k in range(first, end):
+        total += block_bytes(call, state, load(load(state + ORDER) + W * k))
+    return total
+
+
+def answer_bytes(call, state, carries):
+    """The bytes that come down the tree."""
+    if carries == BLOCKS_TO_ALL:
+        return bytes_between(call, state, 0, load(state + RANKS))
+    return load(call + NBYTES)
+
+
+def pass_on(call, state, carries):
+    """Put the answer to where the children of this rank read it."""
+    r, above, nbytes = load(state + RANK), load(state + PARENT), answer_bytes(call, state, carries)
+    to = data_of(state, r, region(state, r) + RELEASED, nbytes)
+    if above < 0:
+        answer_in_tree(call, state, carries, to, nbytes)
+    elif load(state + CHILD_COUNT) != 0 and carries != SUM_TO_ROOT:
+        fetch(to, data_of(state, above, region(state, above) + RELEASED, nbytes), nbytes)
+
+
+def answer_in_tree(call, state, carries, to, nbytes):
+    """At the root of the tree: make the answer of what has come up."""
+    p, table, root = load(state + RANKS), call + TABLE, load(call + ROOT)
+    if carries == VECTOR_OF_ROOT:
+        fetch(to, data_of(state, root, line_of(state, root), nbytes), nbytes)
+        return
+    whole = bytes_between(call, state, 0, p)
+    blocks = data_of(state, load(state + RANK), region(state, load(state + RANK)) + GATHERED, whole)
+    if carries == BLOCKS_TO_ALL:
+        copy(to, blocks, nbytes)
+        return
+    for k in range(p):
+        store(table + W * load(load(state + ORDER) + W * k), blocks + k * nbytes)
+    fold(load(call + FOLD), table, p, 0, to, nbytes // load(call + ITEM))
+
+
+def take_answer(call, state, carries):
+    """Copy the answer to the receive buffer, if this rank receives one."""
+    r, q, nbytes = load(state + RANK), load(state + RANK), answer_bytes(call, state, carries)
+    if carries == SUM_TO_ROOT:
+        q = load(load(state + ORDER))
+    elif load(state + CHILD_COUNT) == 0:
+        q = load(state + PARENT)
+    source = data_of(state, q, region(state, q) + RELEASED, nbytes)
+    if carries == BLOCKS_TO_ALL:
+        for k in range(load(state + RANKS)):
+            q = load(load(state + ORDER) + W * k)
+            fetch(load(call + RECV) + displacement(call, state, q), source, block_bytes(call, state, q))
+            source += block_bytes(call, state, q)
+    elif carries == SUM_IN_BLOCKS:
+        lo, hi = block_start(call, state, r), block_start(call, state, r + 1)
+        fetch(load(call + RECV), source + lo, hi - lo)
+    elif carries == VECTOR_OF_ROOT and r != load(call + ROOT):
+        fetch(load(call + SEND), source, nbytes)
+    elif carries == SUM_TO_ALL or (carries == SUM_TO_ROOT and r == load(call + ROOT)):
+        fetch(load(call + RECV), source, nbytes)
 
 
 def patience(state, since):
@@ -511,6 +622,12 @@ def allreduce(call):
     protocol = load(call + PROTOCOL)
     if protocol in (INLINE, BUFFERED):
         return fold_lines(call, state) if protocol == INLINE else fold_buffers(call, state)
+    # one more case of the protocol would cost the others a comparison
+    return DONE if load(call + CARRIES) != NOTHING else allreduce_in_slots(call, state, protocol)
+
+
+def allreduce_in_slots(call, state, protocol):
+    """Reduce a vector that may be registered."""
     registered = registration(state)
     if registered > 0:
         return allreduce_registered(call, state)
@@ -540,7 +657,7 @@ def publish(call, state):
         return
     if protocol == DIRECT:
         fill(state, buffer_of(state, r), send, nbytes)
-    else:
+    elif protocol == PIPELINE:
         publish_rest(call, state, 0)
 
 
@@ -682,7 +799,9 @@ def reduce(call):
     if not root:
         end_probe(call, state)
         return DONE
-    return fold_lines(call, state) if load(call + PROTOCOL) == INLINE else fold_buffers(call, state)
+    if load(call + PROTOCOL) == INLINE:
+        return fold_lines(call, state)
+    return DONE if load(call + CARRIES) != NOTHING else fold_buffers(call, state)
 
 
 def publish_blocks(call, state):
@@ -720,22 +839,23 @@ def fold_blocks(call, state):
 
 def reduce_scatter(call):
     """Reduce, and give each rank its block."""
-    state = load(call + STATE)
-    direct = load(call + PROTOCOL) == DIRECT
+    state, protocol = load(call + STATE), load(call + PROTOCOL)
     if load(call + WAITING) == 0:
         code = enter(call, state)
         if code != DONE:
             return code
         begin(call, state)
-        if direct:
+        if protocol == DIRECT:
             fill(state, buffer_of(state, load(state + RANK)), load(call + SEND), load(call + NBYTES))
-        else:
+        elif protocol == PIPELINE:
             publish_scatter(call, state, 0)
         arrive(state)
     code = await_barrier(call, state)
     if code != DONE:
         return code
-    return fold_own_block(call, state) if direct else reduce_scatter_pipelined(call, state)
+    if protocol == IN_TREE:
+        return DONE
+    return fold_own_block(call, state) if protocol == DIRECT else reduce_scatter_pipelined(call, state)
 
 
 def block_start(call, state, q):
@@ -799,25 +919,27 @@ def reduce_scatter_pipelined(call, state):
 def allgather(call):
     """Give the block of every rank to all ranks."""
     state = load(call + STATE)
-    r, direct, single_copy = load(state + RANK), load(call + PROTOCOL) == DIRECT, load(call + PROTOCOL) == SINGLE_COPY
+    r, protocol = load(state + RANK), load(call + PROTOCOL)
     if load(call + WAITING) == 0:
         code = enter(call, state)
         if code != DONE:
             return code
         begin(call, state)
-        if direct:
+        if protocol == DIRECT:
             fill(state, buffer_of(state, r), load(call + SEND), block_bytes(call, state, r))
-        elif not single_copy:
+        elif protocol == PIPELINE:
             publish_segment(call, state, 0)
         store(line_of(state, r) + SEND_AT, load(call + SEND))
         arrive(state)
     code = await_barrier(call, state)
     if code != DONE:
         return code
-    if single_copy:
+    if protocol == IN_TREE:
+        return DONE
+    if protocol == SINGLE_COPY:
         return allgather_single_copy(call, state)
     copy_own(load(call + RECV) + displacement(call, state, r), load(call + SEND), block_bytes(call, state, r))
-    if not direct:
+    if protocol == PIPELINE:
         return allgather_pipelined(call, state)
     for i in range(1, load(state + RANKS)):
         q = (r + i) % load(state + RANKS)
@@ -921,6 +1043,8 @@ def bcast(call):
                 copy(line_of(state, r) + PAYLOAD, mine, nbytes)
             elif protocol == BUFFERED:
                 fill(state, buffer_of(state, r), mine, nbytes)
+            elif protocol == IN_TREE:
+                copy(data_of(state, r, line_of(state, r), nbytes), mine, nbytes)
             elif protocol == PIPELINE:
                 publish_block(call, state, 0)
         store(line_of(state, r) + SEND_AT, mine)
@@ -932,6 +1056,8 @@ def bcast(call):
         return bcast_single_copy(call, state, root)
     if protocol == PIPELINE:
         return bcast_pipelined(call, state, root)
+    if protocol == IN_TREE:
+        return DONE
     if r != root:
         fetch(mine, line_of(state, root) + PAYLOAD if protocol == INLINE else buffer_of(state, root), nbytes)
     end_probe(call, state)

@@ -2,8 +2,8 @@
 
 *W: bytes of a word; one region a rank, all regions side by side in one segment.*
 
-A region holds what the other ranks read: two lines that alternate from call to call, six words that each keep a line
-of their own, two buffers and the ring of slots.  The state, the call and the tuning record are private to a rank.
+A region holds what the other ranks read: two lines that alternate from call to call, words and packets that each keep a
+line of their own, two buffers and the ring of slots.  The state, the call and the tuning record are private to a rank.
 """
 
 from __future__ import annotations
@@ -40,18 +40,23 @@ def record(fields: Sequence[Field]) -> np.dtype[Any]:
     return np.dtype(list(fields))
 
 
+_PACKET: list[Field] = [
+    *words("number", "check"),  # number: of the call, written last; check: hash of what all ranks must agree on
+    ("payload", np.uint8, PAYLOAD_BYTES),
+]
+"""64 bytes: all that a small call reads."""
+
 LINE_RECORD = record(
     [
-        *words("number", "check"),  # number: of the call, written last; check: hash of what all ranks must agree on
-        ("payload", np.uint8, PAYLOAD_BYTES),  # so far 64 bytes: all that a small call reads
+        *_PACKET,
         *words("fingerprint", "array", "send_at", "recv_at", "longest"),
         *words("time_cached", "time_nontemporal"),  # middle times of this rank's trial
         *words("refusals"),  # single copies that the system refused
     ]
 )
 
-ANSWER_LINE = np.dtype({"names": ["number", "differs"], "formats": [np.int64] * 2, "itemsize": LINE})
-"""The number of a call, and whether some ranks below, or any, make another one."""
+PACKET_LINE = record([*_PACKET, ("unused", np.void, LINE - record(_PACKET).itemsize)])
+"""What goes along a tree of ranks; the check is -1 if ranks make different calls."""
 OWN_LINE = np.dtype({"names": ["value"], "formats": [np.int64], "itemsize": LINE})
 """A word that shares its line with no other."""
 
@@ -62,8 +67,8 @@ _SHARED_WORDS: list[Field] = [
     ("abandoned", OWN_LINE),  # in rank 0's region: 1 + a rank that left a call half done, after which none can go on
     ("pid", OWN_LINE),  # the rank's process number
     ("sleepers", OWN_LINE),  # not zero: some rank may sleep until this one signals; the only word that others write
-    ("gathered", ANSWER_LINE),  # in a tree: the call that all ranks below this one have reached
-    ("released", ANSWER_LINE),  # the call that all ranks have reached
+    ("gathered", PACKET_LINE),  # in a tree: the call that this rank and all below it have reached
+    ("released", PACKET_LINE),  # the call that all ranks have reached
     ("wakes", OWN_LINE),  # how often this rank has woken sleepers: the futex on which they sleep
 ]
 
@@ -92,9 +97,9 @@ STATE_RECORD = record(
         *words("spin_least"),  # spin is between this and spin_limit
         *words("awake"),  # nanoseconds for which a wait yields the core before it sleeps
         *words("way"),  # how the last trial of a long vector has decided to fill slots
-        *words(
-            "tree", "parent", "child_count", "child"
-        ),  # tree: 1 for barriers along one; child: address of their ranks
+        *words("tree", "parent", "child_count"),  # tree: 1 if ranks meet along a tree
+        *words("child"),  # address of the ranks below this one, and for each the place after those below it
+        *words("order", "first", "end"),  # address of all ranks in order of the tree; the places of this rank's subtree
     ]
 )
 """What a rank knows of the transport."""
@@ -105,6 +110,7 @@ CALL_RECORD = record(
         *words("fold", "send", "recv", "nbytes", "item", "root", "block", "protocol", "nontemporal_out"),
         *words("allocation", "alive", "copies", "copy_stride", "send_at", "recv_at"),  # of a registered array
         *words("longest", "tuning", "once", "slot_stride", "segment"),
+        *words("carries"),  # what goes along the tree with the barrier
     ]
 )
 """What a rank knows of a call; a table follows: p addresses to reduce, then what the collective needs for each rank."""
