@@ -111,7 +111,7 @@ def test_a_wrong_argument_is_refused_before_the_first_message(comm: Communicator
     comm.Barrier()
 
 
-def typed(p: int, **other: Any) -> list[Any]:
+def with_datatypes(p: int, **other: Any) -> list[Any]:
     """A buffer of Alltoallw: a number for each rank, and what is different."""
     form = {"data": np.ones(p), "counts": [1] * p, "displs": [8 * k for k in range(p)], "types": [MPI.DOUBLE] * p}
     return list((form | other).values())
@@ -139,8 +139,8 @@ def test_blocks_of_several_datatypes_are_checked(comm: Communicator, mistake: st
     p, (different, remedy) = comm.size, TYPED_MISTAKES[mistake]
     for call in (comm.Alltoallw, lambda *forms: comm.Ialltoallw(*forms).Wait(), comm.Alltoallw_init):
         with pytest.raises(ArgumentError, match=remedy):
-            call(typed(p), typed(p, **different(p)))
-    comm.Alltoallw(typed(p), typed(p))
+            call(with_datatypes(p), with_datatypes(p, **different(p)))
+    comm.Alltoallw(with_datatypes(p), with_datatypes(p))
 
 
 NO_COUNTS: dict[str, Callable[[int], Any]] = {
