@@ -431,27 +431,23 @@ def test_a_method_that_skips_on_one_rank_skips_the_step_on_all(comm: Communicato
     assert exchange.skipped == 1
     assert not any(each.any() for each in steps.values())
     exchange.add({"a": np.ones(4, "f2"), "b": np.ones(4, "f2")})
-    steps = exchange.finish()
-    assert comm.allgather([each.tolist() for each in steps.values()]).count([[-1.0] * 4] * 2) == comm.size
+    steps = exchange.finish()  # with the gradients of the first step, and without those of the second
+    wanted = {"a": np.full(4, -2, "f2"), "b": -np.full(4, large + 1, "f2")}
+    assert all(np.array_equal(steps[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("at", ["a", "b"])
-def test_buckets_stay_in_phase_after_a_skipped_step(at: str) -> None:
-    def body(comm: Any) -> None:
-        weights = {name: np.zeros(4, "f2") for name in "ab"}
-        sgd = lambda comm: hpccomm.every(2, hpccomm.chain(hpccomm.mean(comm), hpccomm.momentum(0.5)))  # noqa: E731
-        exchange = BucketedExchange(
-            comm, weights, lambda comm: hpccomm.chain(sgd(comm), hpccomm.apply_if_finite(hpccomm.scale(-1.0))), 8
-        )
-        counts = []
-        for step in range(6):
-            gradients = {name: np.full(4, 40000.0 if name == at and step < 2 else 1.0, "f2") for name in "ab"}
-            exchange.add(gradients)
-            exchange.finish()
-            counts.append([sorted(map(str, map(micro_steps, exchange.state)))])
-        assert all(len(set(each[0])) == 1 for each in counts), counts
+def test_buckets_stay_in_phase_after_a_skipped_step(comm: Communicator, at: str) -> None:
+    def make(comm: Any) -> Any:
+        sums = hpccomm.every(2, hpccomm.chain(hpccomm.mean(comm), hpccomm.momentum(0.5)))
+        return hpccomm.chain(sums, hpccomm.apply_if_finite(hpccomm.scale(-1.0)))
 
-    run_on_ranks(2, body)
+    exchange = BucketedExchange(comm, {name: np.zeros(4, "f2") for name in "ab"}, make, 8)
+    for step in range(6):
+        exchange.add({name: np.full(4, 40000.0 if name == at and step < 2 else 1.0, "f2") for name in "ab"})
+        exchange.finish()
+        assert len({micro_steps(state) for state in exchange.state}) == 1, step
+    assert exchange.skipped > 0
 
 
 def micro_steps(state: Any) -> int:
