@@ -328,7 +328,8 @@ class Communicator(MPI.Intracomm):
             if any(padded):
                 return run_padded(partial(self._repeat, name), buffers, padded, rest)
             marks = tuple(operations.key_of(each) if isinstance(each, MPI.Op) else each for each in rest)
-            key = kind or (None if None in rest[:-1] else call_key(name, *buffers, *marks))
+            read = kind if kind and (kind.layout or not SIGNATURES[name].varies) else None  # else without its blocks
+            key = read or (None if None in rest[:-1] else call_key(name, *buffers, *marks))
             held = hold(sendbuf), hold(recvbuf)
             if key is None and not (held[0] is sendbuf and held[1] is recvbuf):
                 return self._repeat(name, *held, *rest)

@@ -5,6 +5,7 @@ An average is a sum that each rank divides by the number of ranks: 16-bit floats
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ def run_named(comm: Any, name: str, op: MPI.Op | str, sendbuf: Any, recvbuf: Any
     if buffer.opaque:
         raise ArgumentError(f"{who}: a derived datatype cannot be averaged: use op='sum' and divide")
     receives = rest.get("root", comm.rank) == comm.rank
+    counts = rest.get("recvcounts")
     if on_device:
         if buffer.dtype is None or buffer.half:
             raise ArgumentError(f"{who}: {buffer.kind} on a device: use hpccomm.allreduce(x, 'avg')")
@@ -40,14 +42,17 @@ def run_named(comm: Any, name: str, op: MPI.Op | str, sendbuf: Any, recvbuf: Any
         if receives:
             comm._device_planner.divide(recvbuf)
     elif buffer.half:
-        average_halves(call, buffer, None if is_in_place(sendbuf) else recvbuf, receives, planner, who)
+        average_halves(call, buffer, None if is_in_place(sendbuf) else recvbuf, receives, planner, who, counts)
     else:
         call(sendbuf, recvbuf)
         if receives:
-            divide(planner.reader.read_buffer(recvbuf, who).vector(), comm.size)
+            result = planner.reader.read_buffer(recvbuf, who).vector()
+            divide(result[: counts[comm.rank]] if counts else result, comm.size)
 
 
-def average_halves(call: Any, data: Buffer, recvbuf: Any, receives: bool, planner: Any, who: str) -> None:
+def average_halves(
+    call: Any, data: Buffer, recvbuf: Any, receives: bool, planner: Any, who: str, counts: Sequence[int] | None
+) -> None:
     """Average 16-bit floats in float32, as their sum may overflow; in place if ``recvbuf`` is ``None``."""
     in_place = receives and recvbuf is None
     wide = values_of(data)
@@ -55,9 +60,9 @@ def average_halves(call: Any, data: Buffer, recvbuf: Any, receives: bool, planne
     result = wide if in_place or not into else values_of(into)
     call(IN_PLACE if in_place else wide, result if into else None)
     if into:
-        divide(result, planner.size)
-        stored, code = view_halves(into)
-        stored[...] = narrow(result, code)
+        (stored, code), own = view_halves(into), slice(counts[planner.rank] if counts else None)
+        divide(result[own], planner.size)
+        stored[own] = narrow(result[own], code)
 
 
 def view_halves(buffer: Buffer) -> tuple[npt.NDArray[Any], str]:

@@ -144,9 +144,10 @@ class Planner:
     def view_key(self, buf: Any, op: MPI.Op) -> Hashable:
         """The key of an Allreduce_view: by the registered array, as its address may come back on some ranks only."""
         key, memory = call_key("Allreduce_view", buf, IN_PLACE, operations.key_of(op)), self.shared_memory
-        if key is None or memory is None or type(buf) is not np.ndarray:
-            return key
-        return key, memory.allocation_number(address_of(buf), buf.nbytes)
+        if key is None or type(buf) is not np.ndarray:
+            return None
+        number = memory.allocation_number(address_of(buf), buf.nbytes) if memory else None
+        return key, buf.shape, number
 
     def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Plan:
         """Allreduce into one result per node, or into one result per rank where ranks share no memory."""
@@ -154,10 +155,10 @@ class Planner:
         if self.uses_device(buf):
             raise ArgumentError(f"{who}: the array lies on a device: use Allreduce")
         send, shared, op_name = self.reader.read_operand(buf, op, who), self.shared_memory, operations.name_of(op)
-        if send.dtype is None:
+        if send.dtype is None or not isinstance(buf, np.ndarray):
             raise ArgumentError(f"{who}: the buffer is not an array: pass one from comm.empty(shape, dtype)")
         if shared is None or not shared.reduces(op_name, send.kind):
-            result = np.empty(np.shape(buf), buf.dtype)
+            result = np.empty_like(buf, subok=False)
             inner = self.bind(None, "Allreduce", buf, result, op, None)
             result.flags.writeable = False  # which the plan does not ask
             return self.keep(key, Plan(inner.run, inner.free, result))
@@ -167,7 +168,8 @@ class Planner:
                 f"{who}: the array is not registered: allocate it with comm.empty, comm.zeros or comm.register"
             )
         segment, place, plans = view
-        result = np.frombuffer(segment.buffer, buf.dtype, send.elements, place).reshape(np.shape(buf))
+        flat = np.frombuffer(segment.buffer, buf.dtype, send.elements, place)
+        result = flat.reshape(buf.shape, order=send.order)  # type: ignore[call-overload]
         result.flags.writeable = False
         fingerprint = Fingerprint("Allreduce_view", op_name, str(send.elements), send.kind)
         ends = send.address, segment.address + place
@@ -196,19 +198,14 @@ class Planner:
             if op in (MPI.MIN, MPI.MAX):
                 return None
             raise ArgumentError(f"{who}: reproducible=True is for sums, minima and maxima: leave reproducible out")
-        width = 2 if buffer.dtype.kind == "c" else 1
-        here = name != "Reduce" or self.rank == arguments[-1]
-        result = self.reader.read_buffer(recvbuf, who, writable=True) if here else buffer
-        first = 0
+        call = self.reader.read(name, sendbuf, recvbuf, *arguments, None)
+        buffer, here, first = call.send, call.here, 0
+        assert buffer.dtype is not None
+        width, result = 2 if buffer.dtype.kind == "c" else 1, call.recv if here else buffer
+        if call.counts:
+            first, result = sum(call.counts[: self.rank]), replace(result, count=call.counts[self.rank])
         if name == "Reduce_scatter":
-            counts = arguments[0]
-            if counts is None:
-                counts = self.context.exchange_counts(result.elements)
-            first, result = sum(counts[: self.rank]), replace(result, count=counts[self.rank])
-            arguments = (tuple(width * each for each in counts), *arguments[1:])
-        elif name == "Reduce_scatter_block":
-            each = buffer.elements // self.size
-            first, result = self.rank * each, replace(result, count=each)
+            arguments = (tuple(width * each for each in call.counts), *arguments[1:])
         whole, total = ExactSum(buffer), ExactSum(result)
         with self.first_use.pause():
             inner = [self.bind(None, "Allreduce", IN_PLACE, whole.as_buffer(whole.exponents), MPI.MAX, None)]

@@ -26,7 +26,7 @@ from mpi4py import MPI
 
 from hpccomm.arrays import is_on_device
 from hpccomm.calls import operations
-from hpccomm.calls.blocks import SIGNATURES, total_bytes
+from hpccomm.calls.blocks import PARTS, SIGNATURES, total_bytes
 from hpccomm.calls.buffers import Buffer, pad_last, read_integers
 from hpccomm.calls.call import Call
 from hpccomm.calls.entry import FREED
@@ -155,7 +155,7 @@ def start_ours(comm: Any, name: str, given: dict[str, Any], blocking: Callable[.
         return submit(comm, at_once, Fingerprint(spelling), begin_request, here=True)  # type: ignore[no-any-return]
     fingerprint, _ = read_call(comm, name, given, spelling)
     copies: list[MPI.Datatype] = []
-    frozen = {key: freeze(value, copies) for key, value in given.items()}
+    frozen = {key: freeze(value, copies, key in (SEND, RECV, BUF)) for key, value in given.items()}
 
     def function(channel: Any) -> None:
         try:
@@ -185,7 +185,7 @@ def freeze(value: Any, copies: list[MPI.Datatype], is_data: bool = True) -> Any:
         members = [freeze(each, copies, is_data and number == 0) for number, each in enumerate(value)]
         return members if isinstance(value, list) else tuple(members)
     if isinstance(value, np.ndarray) and not is_data:
-        return tuple(value.tolist())
+        return value.tolist()  # a list of counts: a tuple would be counts and displacements
     if isinstance(value, MPI.Datatype) and value != MPI.DATATYPE_NULL and not value.is_predefined:
         copies.append(value.Dup())
         return copies[-1]
@@ -236,9 +236,16 @@ def start_native(comm: Any, name: str, given: dict[str, Any], native: Callable[.
     fingerprint, arguments = read_call(comm, name, given, spelling, for_mpi=True)
     compare = compare_quietly(comm, fingerprint)
     request = ComparedRequest(native(comm, *arguments.values()))
-    request.compare, request.buffers = compare, tuple(arguments.values())
+    request.compare, request.buffers = compare, tuple(given.values())
     request.record = partial(comm.context.call, spelling, inside=True)
     return request
+
+
+class PersistentRequest(MPI.Prequest):
+    """A persistent request of MPI."""
+
+    buffers: tuple[Any, ...]
+    """The arguments, which stay alive until the request does not."""
 
 
 def compare_quietly(comm: Any, fingerprint: Fingerprint) -> Callable[[bool], None]:
@@ -282,7 +289,9 @@ def make_request(comm: Any, name: str, native: Callable[..., Any], given: dict[s
         refuse_own_arguments(comm, f"{name}_init", given, "a persistent call")
         fingerprint, arguments = read_call(comm, name, given, f"{name}_init", for_mpi=True)
         comm._planner.guard(fingerprint, lambda: made.append(native(comm, *arguments.values())), True)()
-    return made[0]
+    request = PersistentRequest(made[0])
+    request.buffers = (made[0], *given.values())
+    return request
 
 
 def refuse_own_arguments(comm: Any, spelling: str, given: dict[str, Any], subject: str) -> None:
@@ -320,8 +329,8 @@ def read_call(
         if ignored.get(key) and root != comm.rank:
             buffers[key] = Buffer(None)
             continue
-        read = read_for_mpi if for_mpi else read_for_thread
-        buffers[key] = read(planner, given[key], op, who)
+        read, parts = read_for_mpi if for_mpi else read_for_thread, (form.send if key == SEND else form.recv) == PARTS
+        buffers[key] = read(planner, given[key], op, who, parts)
         arguments[key] = buffers[key].raw
     if for_mpi and name != "Barrier":
         check_as_blocking(planner.reader, name, {**given, **{key: arguments[key] for key in form.arguments}}, who)
@@ -339,11 +348,11 @@ def check_as_blocking(reader: Reader, name: str, given: dict[str, Any], who: str
         raise ArgumentError(str(error).replace(reader.call_label(name), who, 1)) from None
 
 
-def read_for_mpi(planner: Any, given: Any, op: MPI.Op | None, who: str) -> Buffer:
+def read_for_mpi(planner: Any, given: Any, op: MPI.Op | None, who: str, parts: bool) -> Buffer:
     """Read and check a buffer, which belongs to MPI's library while the call runs."""
     if planner.uses_device(given):
         raise ArgumentError(f"{who}: MPI's own requests cannot take an array on a device: pass a copy on the host")
-    buffer: Buffer = planner.reader.read_buffer(given, who, parts=True)
+    buffer: Buffer = planner.reader.read_buffer(given, who, parts=parts)
     if op is not None and buffer.half:
         raise ArgumentError(f"{who}: MPI cannot reduce {buffer.kind}: cast to float32 before the call")
     if op is not None and buffer.dtype is not None:
@@ -351,14 +360,14 @@ def read_for_mpi(planner: Any, given: Any, op: MPI.Op | None, who: str) -> Buffe
     return buffer
 
 
-def read_for_thread(planner: Any, given: Any, op: MPI.Op | None, who: str) -> Buffer:
+def read_for_thread(planner: Any, given: Any, op: MPI.Op | None, who: str, parts: bool) -> Buffer:
     """Read a buffer of ours; the progress thread makes all other checks."""
     if given is None or given is MPI.IN_PLACE:
         return Buffer(given)
     padded = pad_last(given)
     whole = padded[0] if padded else given
     reader: Reader = planner.reader
-    return reader.read_buffer(whole, who, parts=True) if op is None else reader.read_operand(whole, op, who)
+    return reader.read_buffer(whole, who, parts=parts) if op is None else reader.read_operand(whole, op, who)
 
 
 def describe(

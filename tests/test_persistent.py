@@ -21,7 +21,7 @@ def test_a_persistent_call_gives_what_the_call_gives(comm: Communicator, name: s
     p, me = comm.size, comm.rank
     send, recv, want = numbers(me, p * N), np.zeros(p * N), np.zeros(p * N)
     request = getattr(comm, f"{name}_init")(*arguments(name, p, me, send, recv))
-    assert type(request) is MPI.Prequest
+    assert isinstance(request, MPI.Prequest)
     for step in range(3):
         send += step
         recv[...] = want[...] = 7 * me

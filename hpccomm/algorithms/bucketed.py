@@ -165,6 +165,9 @@ class BucketedExchange:
         arrays = dict(tree_leaves(weights))
         require(bool(arrays), f"{self.who}: there are no weights: pass {{name: array}}")
         self._tied = find_tied(arrays, self.who)
+        self._names_of: dict[str, set[str]] = {}
+        for name, first in self._tied.items():
+            self._names_of.setdefault(first, set()).add(name)
         """The first name of each weight, by all its names."""
         own = {name: view_array(arrays[name])[0] for name, first in self._tied.items() if name == first}
         self._here = not all(isinstance(each, np.ndarray) for each in own.values())
@@ -224,8 +227,7 @@ class BucketedExchange:
 
     def _first_of(self, name: str, bucket: BucketInFlight) -> bool:
         """Whether no other name of this weight has come."""
-        names = {each for each, first in self._tied.items() if first == self._tied[name]}
-        return names <= bucket.missing
+        return self._names_of[self._tied[name]] <= bucket.missing
 
     def _check_gradient(self, name: str, gradient: Any) -> Any:
         self._check_usable("add")

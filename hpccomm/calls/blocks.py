@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.calls.buffers import Buffer, check_datatype, read_data, read_integers, split_form
+from hpccomm.calls.buffers import Buffer, check_datatype, check_reach, read_data, read_integers, split_form
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import NOT_COMPARED
 
@@ -87,6 +87,7 @@ def find_blocks(buffer: Buffer, kind: str, p: int, who: str) -> list[tuple[int, 
     Raises if the buffer does not hold them.
     """
     if buffer.dtype is None:
+        check_reach(buffer, p if kind == EQUAL else 1, who)
         return None
     item = buffer.dtype.itemsize
     counts: tuple[int, ...]

@@ -141,6 +141,8 @@ def pad_last(given: Any) -> tuple[Any, npt.NDArray[Any], npt.NDArray[Any]] | Non
     element = element_of(datatype)
     if element is None or element.code not in PAIRS or not isinstance(data, np.ndarray) or not data.flags.c_contiguous:
         return None
+    if not isinstance(count, int | np.integer):
+        return None
     _, used = datatype.Get_true_extent()
     end = int(count) * element.extent
     if not end - element.extent + used <= data.nbytes < end:
@@ -321,6 +323,7 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Buffer:
         raise ArgumentError(f"{who}: a {type(form).__name__} of {len(form)} values is no buffer: {NO_MEMORY}")
     if not 2 <= len(form) <= 4 or form[0] is None or form[0] is MPI.BOTTOM:
         return Buffer(form)
+    check_pair(form, who)
     data, count, displs, datatype = split_form(form)
     check_datatype(datatype, who)
     base = read_data(data, datatype, who)
@@ -329,20 +332,61 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Buffer:
     dtype = numpy_dtype(datatype) if datatype is not None else base.dtype
     if dtype is None:
         return read_derived(form, base, who)
-    size = base.size * base.dtype.itemsize // dtype.itemsize if base.dtype is not None else 0
-    buffer = Buffer(form, base.address, size, dtype, writable=base.writable, order=base.order, owner=base.owner)
+    nbytes = base.size * base.width
+    buffer = Buffer(
+        form, base.address, nbytes // dtype.itemsize, dtype, writable=base.writable, order=base.order, owner=base.owner
+    )
     if datatype is None and base.half:
         buffer.half, buffer.raw = base.half, [base.raw[0], *form[1:], MPI.UINT16_T]
-    if count is None or isinstance(count, int | np.integer):
-        buffer.count = None if count is None else int(count)
-    else:
-        buffer.counts = read_integers(count, "count", who)
+    if count is not None:
+        buffer.count = index_of(count)
+        buffer.counts = read_integers(count, "count", who) if buffer.count is None else None
+    elif nbytes % dtype.itemsize:
+        raise ArgumentError(not_whole(nbytes, str(dtype), dtype.itemsize, who))
     if displs is not None:
-        single = isinstance(displs, int | np.integer)
-        buffer.displs = int(displs) if single else read_integers(displs, "displacement", who)
+        single = index_of(displs)
+        buffer.displs = read_integers(displs, "displacement", who) if single is None else single
     if min(buffer.count or 0, *(buffer.counts or (0,))) < 0:
         raise ArgumentError(f"{who}: the count {count} is negative: pass how many elements to move")
     return buffer
+
+
+def check_pair(form: list[Any] | tuple[Any, ...], who: str) -> None:
+    """Refuse a tuple in the place of the counts that does not have two members."""
+    pair = form[1]
+    if len(form) < 4 and isinstance(pair, tuple) and len(pair) != 2:
+        raise ArgumentError(
+            f"{who}: {pair} has {len(pair)} members: pass (count or counts, displacement or displacements)"
+        )
+
+
+def index_of(given: Any) -> int | None:
+    """A whole number of any type as one of Python's; None for anything else."""
+    try:
+        return operator.index(given)
+    except TypeError:
+        return None
+
+
+def not_whole(nbytes: int, name: str, extent: int, who: str) -> str:
+    """The error for a buffer from whose length no count follows."""
+    return (
+        f"{who}: the buffer of {nbytes} bytes is no whole number of {name}, each of {extent} bytes: "
+        "pass a count, [x, count, datatype], or a longer buffer"
+    )
+
+
+def read_one_block(form: Any, who: str) -> Buffer:
+    """Read a buffer with one block, in whose form a list of a count and a displacement is what a tuple is."""
+    if isinstance(form, list | tuple) and 2 <= len(form) < 4 and isinstance(form[1], list):
+        form = [form[0], tuple(form[1]), *form[2:]]
+    buffer = read(form, who)
+    if buffer.counts is not None or isinstance(buffer.displs, tuple):
+        raise ArgumentError(
+            f"{who}: {str(form[1])[:80]} is not one count, and the buffer has one block: pass a whole number, or "
+            "(count, displacement)"
+        )
+    return apply_displacement(buffer, who)
 
 
 def check_datatype(datatype: MPI.Datatype | str | None, who: str) -> None:
@@ -379,15 +423,19 @@ def read_derived(form: Any, base: Buffer, who: str) -> Buffer:
     _, extent = datatype.Get_extent()
     nbytes = base.size * base.dtype.itemsize
     raw = [MPI.memory.fromaddress(base.address, nbytes, not base.writable), *form[1:]]
-    if not all(each is None or isinstance(each, int | np.integer) for each in (count, displs)) or extent < 1:
-        return Buffer(raw, base.address, nbytes, writable=base.writable, weak=True)  # a block for each rank
-    first, room = displs or 0, nbytes // extent
-    if count is None and nbytes % extent:
-        raise ArgumentError(
-            f"{who}: the buffer of {nbytes} bytes is no whole number of {datatype.Get_name() or 'elements'}, each of "
-            f"{extent} bytes: pass a count, [x, count, datatype], or a longer buffer"
+    single = [None if each is None else index_of(each) for each in (count, displs)]
+    if [each is None for each in single] != [count is None, displs is None] or extent < 1:
+        counts, places = (
+            read_integers(each, what, who) if each is not None and index is None else None
+            for each, what, index in zip((count, displs), ("count", "displacement"), single, strict=True)
         )
-    items = room - first if count is None else int(count)
+        return Buffer(
+            raw, base.address, nbytes, counts=counts, displs=places, writable=base.writable, weak=True
+        )  # a block for each rank
+    first, room = single[1] or 0, nbytes // extent
+    if count is None and nbytes % extent:
+        raise ArgumentError(not_whole(nbytes, datatype.Get_name() or "elements", extent, who))
+    items = room - first if single[0] is None else single[0]
     if first < 0 or items < 0:
         raise ArgumentError(f"{who}: count {count} and displacement {displs}: pass numbers that are not negative")
     return Buffer(
@@ -402,6 +450,27 @@ def read_derived(form: Any, base: Buffer, who: str) -> Buffer:
         owner=base.owner,
         weak=True,
     )
+
+
+def check_reach(buffer: Buffer, blocks: int, who: str) -> None:
+    """Refuse items of a derived datatype, in so many blocks, beyond the memory of the array that has been given.
+
+    A view may be continued in the array of which it is one, as a column is; memory that is no array's has no known end.
+    """
+    items = buffer.size if buffer.count is None else buffer.count * blocks
+    owner = buffer.owner
+    while isinstance(owner, np.ndarray) and isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    if buffer.datatype is None or not items or not isinstance(owner, np.ndarray) or not owner.flags.owndata:
+        return
+    (_, extent), (low, used) = buffer.datatype.Get_extent(), buffer.datatype.Get_true_extent()
+    first = buffer.address + low - address_of(owner)
+    last = first + (items - 1) * extent + used
+    if first < 0 or last > owner.nbytes:
+        raise ArgumentError(
+            f"{who}: {items} {buffer.datatype.Get_name() or 'elements'} take the bytes {first} to {last} of an array "
+            f"of {owner.nbytes} bytes: pass a longer buffer or a smaller count"
+        )
 
 
 def as_pairs(buffer: Buffer) -> Buffer:
@@ -428,12 +497,13 @@ def base_dtype(datatype: MPI.Datatype) -> np.dtype[Any] | None:
 def read_data(data: Any, datatype: Any, who: str) -> Buffer:
     """Read the memory of a form.
 
-    A datatype in the form overrides a dtype that MPI does not know, and one of single bytes an order of bytes.
+    A datatype in the form overrides a dtype that MPI does not know, and one of single bytes an order of bytes; Python's
+    objects are addresses, which mean nothing on another rank.
     """
-    if not isinstance(data, np.ndarray) or not data.flags.c_contiguous:
+    if not isinstance(data, np.ndarray) or not data.flags.c_contiguous or datatype is None or data.dtype.hasobject:
         return read(data, who)
     unknown = data.dtype.kind not in MPI_KINDS and not half_of(data.dtype)
-    if not unknown and not data.dtype.isnative and datatype is not None:
+    if not unknown and not data.dtype.isnative:
         element = numpy_dtype(datatype)
         unknown = element is not None and element.itemsize == 1
     if unknown:

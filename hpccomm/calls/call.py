@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mpi4py import MPI
+
 from hpccomm.calls import operations
 from hpccomm.calls.blocks import EQUAL, SIGNATURES, Amounts, Signature
 from hpccomm.calls.buffers import Buffer
@@ -81,8 +83,10 @@ class Call:
     @property
     def readable(self) -> bool:
         """Whether others than mpi4py can move its elements or, with an operation, reduce them."""
-        data = self.data
-        return data is None or data.dtype is not None or (self.op is None and data.datatype is not None)
+        moved = [each for each in (self.send, self.recv) if not is_absent(each)] or [self.data]
+        return self.data is None or all(
+            each.dtype is not None or (self.op is None and each.datatype is not None) for each in (self.data, *moved)
+        )
 
     def blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Elements and displacements of the blocks that this rank receives."""
@@ -106,6 +110,11 @@ class Call:
         return Fingerprint(
             self.name, op, UNKNOWN if count is None else count, kind, root, order, algorithm, self.memory
         )
+
+
+def is_absent(buffer: Buffer) -> bool:
+    """Whether a rank does not have a buffer of its call, or has another in its place."""
+    return buffer.raw is None or buffer.raw is MPI.IN_PLACE
 
 
 def describe_counts(counts: tuple[int, ...]) -> str:

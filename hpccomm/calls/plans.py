@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -109,14 +110,14 @@ def tensor_key(tensor: Any) -> tuple[Any, ...]:
 
 
 def member_key(member: Any) -> Hashable:
-    """The key of a member after the data of a form."""
+    """The key of a member after the data of a form; a tuple of counts and displacements is no list of counts."""
     if isinstance(member, MPI.Datatype):
         return datatype_table().get(member.handle) or ByIdentity(member)
     if isinstance(member, SEQUENCES):
         members = tuple(member)
-        return members if members and type(members[0]) is int else tuple(map(member_key, members))
-    hash(member)  # raises TypeError for a set
-    return member  # type: ignore[no-any-return]
+        plain = all(type(each) is int for each in members)
+        return isinstance(member, tuple), members if plain else tuple(map(member_key, members))
+    return member if member is None or isinstance(member, str) else operator.index(member)  # a float is no count
 
 
 FORMS = (list, tuple)

@@ -29,7 +29,7 @@ from hpccomm.calls.blocks import (
     share_bytes,
     total_bytes,
 )
-from hpccomm.calls.buffers import Buffer, apply_displacement, as_pairs, read
+from hpccomm.calls.buffers import Buffer, as_pairs, check_reach, read, read_one_block
 from hpccomm.calls.call import Call, describe_counts
 from hpccomm.calls.fingerprint import UNKNOWN
 from hpccomm.errors import ArgumentError
@@ -105,6 +105,7 @@ class Reader:
             call.recvcounts = call.recvcounts if recv.opaque else call.counts
         if not (send.opaque or recv.opaque):
             self.check_blocks(send, recv, call.counts, who)
+            recv = recv if send is recv else replace(recv, count=call.counts[self.rank])
         call.count = call.count or describe_counts(call.counts)
         call.send, call.recv, call.data, call.nbytes = send, recv, send, send.nbytes
 
@@ -134,13 +135,14 @@ class Reader:
         recv = self.read_buffer(recvbuf, call.who, writable=True)
         send = recv if is_in_place(sendbuf) else self.read_buffer(sendbuf, call.who)
         sent, received = (total_bytes(each, EQUAL, self.size) for each in (send, recv))
-        if sent != received or sent % self.size:
+        unknown = any(each.opaque and each.octets is None and each.raw is not None for each in (send, recv))
+        if not unknown and (sent != received or sent % self.size):
             raise ArgumentError(
                 f"{call.who}: sends {sent} bytes, receives {received}: "
                 "pass buffers of equal size, a multiple of the ranks"
             )
         self.check_places(send, recv, call.who, EQUAL, EQUAL)
-        call.send, call.recv, call.data, call.nbytes = send, recv, recv, received
+        call.send, call.recv, call.data, call.nbytes = send, recv, recv, max(sent, received)
         call.count = count_gathered(call)
 
     def read_moves(self, call: Call, sendbuf: Any, recvbuf: Any) -> None:
@@ -220,7 +222,7 @@ class Reader:
 
         ``parts``: it has one block per rank, so its displacements belong to the blocks.
         """
-        buffer = read(given, who) if parts else apply_displacement(read(given, who), who)
+        buffer = read(given, who) if parts else read_one_block(given, who)
         if writable and not buffer.writable:
             raise ArgumentError(f"{who}: the receive buffer is read-only: pass a writable array")
         return self.check_room(buffer, who)
@@ -232,6 +234,7 @@ class Reader:
                 f"{who}: the buffer holds {buffer.size} elements of {buffer.kind}, the count is {buffer.count}: "
                 "pass a longer buffer or a smaller count"
             )
+        check_reach(buffer, 1, who)
         return buffer
 
     def read_operand(self, given: Any, op: MPI.Op, who: str, writable: bool = False) -> Buffer:
@@ -247,6 +250,7 @@ class Reader:
 
     def join_blocks(self, buffer: Buffer, who: str) -> Buffer:
         """The buffer of a block for each rank as one vector; a count in its form is that of one block."""
+        check_reach(buffer, self.size, who)
         if buffer.dtype is None or buffer.count is None:
             return buffer
         whole = self.check_room(replace(buffer, count=buffer.count * self.size), who)
