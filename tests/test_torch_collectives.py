@@ -650,6 +650,26 @@ def test_mistakes_are_named_on_all_ranks(mistake: str) -> None:
     assert float(x) == size
 
 
+def test_a_call_before_the_first_sum_of_a_group_meets_later_ones_alike() -> None:
+    """The first sum makes shared memory, in which the ranks meet from then on."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group()
+
+    def scatter(n: int) -> None:
+        dist.scatter(torch.zeros(n), [torch.ones(8)] * size if rank == 0 else None, 0, group=group)
+
+    for _ in range(2):
+        scatter(8)
+        dist.all_reduce(torch.ones(1), group=group)
+    if size > 1:
+        with pytest.raises(MismatchError, match=r"8 float32, root=0\), rank 1 called scatter\(9 float32"):
+            scatter(9 if rank == 1 else 8)
+    x = torch.ones(1)
+    dist.all_reduce(x, group=group)
+    assert float(x) == size
+    dist.destroy_process_group(group)
+
+
 def test_an_asynchronous_mistake_is_raised_by_wait() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     if size == 1:

@@ -107,6 +107,41 @@ def test_a_mistake_ends_the_job_with_a_traceback(mistake: str, tmp_path: Path, e
         assert sentence in done.stderr, done.stderr
 
 
+def test_a_forked_process_ends_without_its_parents_calls(tmp_path: Path, entry_point: dict[str, str]) -> None:
+    text = """
+import atexit, os, time
+from datetime import timedelta
+from hpccomm.errors import TransportError
+dist.init_process_group("hpccomm")
+x = torch.ones(1)
+work = None
+if dist.get_rank() == 0:
+    work = dist.all_reduce(x, async_op=True)
+    begun = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        try:
+            work.wait(timedelta(seconds=1))
+        except TransportError as error:
+            print(error)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert time.monotonic() - begun < 5
+else:
+    time.sleep(2)
+    dist.all_reduce(x)
+if work:
+    work.wait()
+print(f"sum {float(x):g}")
+"""
+    done = run_under_mpi(2, write(tmp_path, text), environ=entry_point)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0: all_reduce: this process was forked while the call was under way" in done.stdout
+    assert done.stdout.count("sum 2") == 2
+
+
 def run_under_torchrun(
     program: str, environ: dict[str, str], *more: str, ranks: int = 2
 ) -> subprocess.CompletedProcess[str]:
@@ -157,22 +192,86 @@ sys.stdout.write(f"attempt {attempt}\\n")
     assert done.stdout.splitlines() == ["attempt 2"] * 2
 
 
-def test_processes_of_torch_multiprocessing(tmp_path: Path, entry_point: dict[str, str]) -> None:
+STORE_THAT_STAYS = """
+from datetime import timedelta
+import time
+from hpccomm.torch import monitored_barrier
+dist.init_process_group("hpccomm")
+dist.new_group([0, 1])
+monitored_barrier()
+dist.destroy_process_group()
+dist.init_process_group("hpccomm")
+rank = dist.get_rank()
+time.sleep(rank)
+group = dist.new_group([0, 1, 2])
+x = torch.ones(1)
+dist.all_reduce(x, group=group)
+if rank == 2:
+    time.sleep(1)
+begun = time.monotonic()
+monitored_barrier(timeout=timedelta(seconds=30))
+waited = time.monotonic() - begun
+sys.stdout.write(f"sum {float(x):g}, waited {rank == 2 or waited > 0.5}\\n")
+"""
+
+
+def test_a_second_process_group_under_torchrun_is_as_new(tmp_path: Path, entry_point: dict[str, str]) -> None:
+    """The store of torchrun keeps the keys of the first one."""
+    done = run_under_torchrun(write(tmp_path, STORE_THAT_STAYS), entry_point, ranks=3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["sum 3, waited True"] * 3
+
+
+def test_an_exception_under_torchrun_ends_the_job(tmp_path: Path, entry_point: dict[str, str]) -> None:
     text = """
+import time
+dist.init_process_group("hpccomm")
+if dist.get_rank():
+    raise KeyError("lost")
+time.sleep(60)
+"""
+    began = time.monotonic()
+    done = run_under_torchrun(write(tmp_path, text), entry_point)
+    assert done.returncode != 0
+    assert "KeyError: 'lost'" in done.stderr
+    assert time.monotonic() - began < 30
+
+
+ENDS = {
+    "rank 1 last": ("time.sleep(rank)", ""),
+    "by an exception": ("if rank: raise KeyError('lost')\n    time.sleep(60)", "KeyError: 'lost'"),
+}
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("end", ENDS)
+def test_processes_of_torch_multiprocessing(end: str, method: str, tmp_path: Path, entry_point: dict[str, str]) -> None:
+    text, error = ENDS[end]
+    program = f"""
+import time
+
+
 def main(rank, file):
-    dist.init_process_group("hpccomm", init_method=f"file://{file}", rank=rank, world_size=2)
+    from hpccomm.torch import placeholders
+
+    placeholders.END_SECONDS = 0.1
+    dist.init_process_group("hpccomm", init_method=f"file://{{file}}", rank=rank, world_size=2)
     x = torch.ones(1)
     dist.all_reduce(x)
-    sys.stdout.write(f"sum {float(x)}\\n")
+    sys.stdout.write(f"sum {{float(x)}}\\n")
     dist.destroy_process_group()
+    {text}
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(main, (sys.argv[1],), 2)
+    torch.multiprocessing.start_processes(main, (sys.argv[1],), 2, start_method="{method}")
 """
-    command = [sys.executable, write(tmp_path, text), str(tmp_path / "store")]
+    command = [sys.executable, write(tmp_path, program), str(tmp_path / "store")]
+    began = time.monotonic()
     done = subprocess.run(command, env=entry_point, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 30
+    assert (done.returncode != 0) == bool(error), done.stderr
+    assert error in done.stderr
     assert done.stdout.splitlines() == ["sum 2.0"] * 2
 
 

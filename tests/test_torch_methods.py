@@ -149,6 +149,23 @@ def test_grad_scaler_skips_a_step_that_is_not_finite_on_one_rank(layer: int) -> 
     assert len(hashes_of(ddp.parameters())) == 1
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_step_that_the_method_skips_is_not_finite_for_the_optimizer(layer: int) -> None:
+    """In whichever bucket: its gradients are finite, but what the method makes of them is not."""
+    torch.manual_seed(1)
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    ddp = torch.nn.parallel.DistributedDataParallel(layers, bucket_cap_mb=0.0001)
+    made, huge = compress(ddp, hpccomm.block_mean), [False]
+    layers[layer].weight.register_hook(lambda gradient: torch.full_like(gradient, 3e38) if huge[0] else gradient)
+    for huge[0] in (False, True):
+        ddp.zero_grad()
+        ddp(torch.ones(2, 8)).sum().backward()
+        gradient = torch.cat([each.grad.reshape(-1) for each in ddp.parameters()])
+        assert bool(gradient.isfinite().all()) is not huge[0]
+    made._end_step()
+    assert made.exchange.skipped == 1
+
+
 def test_gradients_of_16_bits_and_weights_that_decay() -> None:
     plain = torch.nn.parallel.DistributedDataParallel(make_model())
     ddp = torch.nn.parallel.DistributedDataParallel(make_model(), bucket_cap_mb=0.01)

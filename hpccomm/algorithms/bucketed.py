@@ -184,7 +184,7 @@ class BucketedExchange:
         """Steps that all ranks skipped because a gradient was not finite."""
         self.skips = False
         """Whether this step is skipped."""
-        self._skips_here = False
+        self.skips_here = False
         """Whether a method has skipped this step on this rank, which the other ranks hear at the next bucket."""
         self._failure = ""
         """What made this step fail on all ranks."""
@@ -281,7 +281,7 @@ class BucketedExchange:
         try:
             self._failure = self._failure or self._compare(bucket, channel)
             if not self._failure and not self.skips:
-                self._skips_here = bucket.update()
+                self.skips_here = bucket.update()
         except BaseException as error:
             self._broken = error
             raise
@@ -290,7 +290,7 @@ class BucketedExchange:
 
     def _compare(self, bucket: BucketInFlight, channel: Any) -> str:
         """What is wrong if a rank has not begun the bucket; where one is not finite the step is skipped."""
-        fine = not self._skips_here and bucket.begun and bucket.is_finite()
+        fine = not self.skips_here and bucket.begun and bucket.is_finite()
         mine = FINITE if fine else NOT_FINITE if bucket.begun else ABSENT
         everyone = np.empty(channel.size, np.int64)
         channel.Allgather(np.array([mine], np.int64), everyone)
@@ -321,7 +321,7 @@ class BucketedExchange:
             self._skip_step()
         for bucket in self.buckets:
             bucket.clear(goes_back=bool(failure))
-        self.skips = self._skips_here = False
+        self.skips = self.skips_here = False
         if failure:
             raise (ArgumentError if mine else MismatchError)(f"{self.who}: {failure}")
         return {name: self.bucket_of[name].step[name] for name, first in self._tied.items() if name == first}
@@ -329,7 +329,7 @@ class BucketedExchange:
     def _agree(self, channel: Any) -> None:
         """Let all ranks hear that a method has skipped the last bucket on some rank."""
         everyone = np.empty(channel.size, bool)
-        channel.Allgather(np.array([self._skips_here]), everyone)
+        channel.Allgather(np.array([self.skips_here]), everyone)
         self.skips = self.skips or bool(everyone.any())
 
     def _skip_step(self) -> None:

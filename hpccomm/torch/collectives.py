@@ -53,7 +53,7 @@ class Collectives:
         ``tensor`` is what every rank has of it: the root's part of a gather or scatter.
         """
         sparse_shape = (tensor.sparse_dim(), *tensor.shape) if tensor.layout == torch.sparse_coo else ()
-        key = name, tensor.numel(), tensor.dtype, root, op, self._context.awaits_code, sparse_shape
+        key = name, tensor.numel(), tensor.dtype, root, op, self._context.stage, sparse_shape
         compare = self._comparisons.get(key)
         if compare is None:
             dtype = str(tensor.dtype).removeprefix("torch.")

@@ -70,7 +70,7 @@ class Compression:
         failed = self.exchange.failure
         for given in list(self._waiting):
             for name in given.missing & bucket.weights.keys():
-                if self.exchange.skips:
+                if self.exchange.skips or self.exchange.skips_here:
                     given.gradients[name].fill_(torch.nan)  # as in DDP's own mean: GradScaler then skips the step
                 elif not failed:
                     given.gradients[name].copy_(bucket.step[name])

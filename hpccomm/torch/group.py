@@ -59,17 +59,18 @@ def make_group(given: Any, options: Any = None) -> Group:
     """The process group for torch's ``DistributedBackendOptions`` (collective over its ranks)."""
     if options is not None and not isinstance(options, Options):
         raise ArgumentError(f"pg_options is {options!r}: pass hpccomm.torch.Options")
-    comm, inherited = members.create(given)
-    return Group(given, comm, options or inherited or Options())
+    store = members.separate_store(given)
+    comm, inherited = members.create(given, store)
+    return Group(given, comm, store, options or inherited or Options())
 
 
 class Group(dist.ProcessGroup):
     """A process group; torch makes it, see :func:`make_group`."""
 
-    def __init__(self, given: Any, comm: Any, options: Options) -> None:
+    def __init__(self, given: Any, comm: Any, store: Any, options: Options) -> None:
         super().__init__(given.group_rank, given.group_size)
         self.comm, self.options = comm, options
-        self.store, self.timeout = given.store, given.timeout
+        self.store, self.timeout = store, given.timeout
         self.barriers = 0
         """How often :func:`~hpccomm.torch.monitored_barrier` was called."""
         self._collectives, self._calls = Collectives(comm, options), CallQueue()

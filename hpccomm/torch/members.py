@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from typing import Any
 
 import torch.distributed as dist
@@ -28,13 +29,30 @@ MEETING_SECONDS = 0.01
 _base: dict[str, Any] = {}
 """``"world"``: all ranks in torch's order; ``"comm"``, ``"options"``: those of the default group."""
 
+_made: Counter[str] = Counter()
+"""How often this rank has made the default group (``""``), and groups of each name since then."""
 
-def create(given: Any) -> tuple[Communicator, Options | None]:
+
+def separate_store(given: Any) -> Any:
+    """Torch's store for this group, with keys that no other group of its name has had.
+
+    A store may outlive ``destroy_process_group``, as that of torchrun does, and then torch gives the same names again.
+    All ranks make the default group equally often, and so do the members of a group of one name since then.
+    """
+    name = given.group_id if given.global_ranks_in_group else ""
+    if not name:
+        for each in [each for each in _made if each]:
+            del _made[each]
+    _made[name] += 1
+    return dist.PrefixStore(f"{_made['']}/{_made[name]}", given.store)
+
+
+def create(given: Any, store: Any) -> tuple[Communicator, Options | None]:
     """A communicator of the group's ranks in torch's order, and the options of the default group (collective)."""
     ranks = given.global_ranks_in_group
     if not ranks:
         return create_default(given.group_rank, given.group_size), None
-    await_members(given.store, ranks, dist.get_rank(), given.timeout.total_seconds())
+    await_members(store, ranks, dist.get_rank(), given.timeout.total_seconds())
     world = _base["world"]
     everyone = world.Get_group()
     group = everyone.Incl(ranks)

@@ -13,7 +13,9 @@ If the launcher ends the job before, because of ``MPI_Abort`` or a rank that was
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
+import multiprocessing
 import os
 import secrets
 import select
@@ -47,8 +49,17 @@ SCHEDULERS = ("SLURM_", "PBS_", "LSB_", "PE_HOSTFILE", "SGE_")
 VARIABLES = (*launcher.RANK_PREFIXES, "OMPI_", "PRTE_", "HYDRA_")
 """Prefixes of the variables that tell a process of its MPI job."""
 
+LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+"""Variables that stay: how many ranks share this node's cores."""
+
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 """A variable that torchrun sets."""
+
+LAST = -100
+"""Behind the finalizers of multiprocessing itself, of which that of a queue has the lowest priority, -5."""
+
+_tries = itertools.count()
+"""Processes that could not become ranks may try again: with new keys, as the store keeps the old ones."""
 
 
 class Store(Protocol):
@@ -97,7 +108,7 @@ def join(store: Store, rank: int, size: int) -> None:
     """
     if is_rank(size, os.environ):
         return
-    prefix = f"hpccomm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    prefix = f"hpccomm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_tries)}"
     failure = f"{prefix}/failure"
     listener = socket.socket(socket.AF_UNIX)
     name = f"hpccomm-{os.getpid()}-{secrets.token_hex(8)}"
@@ -111,13 +122,14 @@ def join(store: Store, rank: int, size: int) -> None:
         names = [each["name"] for each in everyone]
         explain = start_launcher(names) if rank == 0 else partial(read, store, failure)
         connection, given = await_placeholder(listener, explain)
-    except LaunchError as error:
+    except Exception as error:
         if rank == 0:
-            store.set(failure, str(error))
+            store.set(failure, str(error) if isinstance(error, LaunchError) else f"{type(error).__name__}: {error}")
         raise
-    take_over(os.environ, given)
+    own = take_over(os.environ, given)
     hold(connection, listener, rank)
     start_mpi()
+    give_back(os.environ, own)
 
 
 def read(store: Store, key: str) -> str:
@@ -192,28 +204,53 @@ def await_placeholder(listener: socket.socket, explain: Callable[[], str]) -> tu
                 raise LaunchError(why_none) from None
             continue
         if placeholder.is_same_user(connection):
-            with connection.makefile("rb") as file:
-                return connection, json.loads(file.readline())
+            connection.settimeout(max(POLL_SECONDS, until - time.monotonic()))
+            return connection, read_environment(connection)
         connection.close()
     raise LaunchError(f"MPI's launcher started no ranks within {START_SECONDS:g} s: use hpccomm-run")
 
 
-def take_over(environ: MutableMapping[str, str], given: Mapping[str, str]) -> None:
-    """Replace the variables of an MPI job by those of the placeholder."""
-    for name in [each for each in environ if each.startswith(VARIABLES)]:
-        del environ[name]
+def read_environment(connection: socket.socket) -> dict[str, str]:
+    """What a placeholder sends; one whose process has died calls all others and sends nothing."""
+    with connection.makefile("rb") as file, suppress(TimeoutError):
+        line = file.readline()
+        if line:
+            found: dict[str, str] = json.loads(line)
+            return found
+        raise LaunchError("another process has ended before MPI started: its output says why")
+    raise LaunchError(f"MPI's launcher started no ranks within {START_SECONDS:g} s: use hpccomm-run")
+
+
+def take_over(environ: MutableMapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
+    """Replace the variables of an MPI job by those of ``given``; returns those that they were."""
+    own = {name: environ.pop(name) for name in list(environ) if name.startswith(VARIABLES)}
     environ.update({name: value for name, value in given.items() if name.startswith(VARIABLES)})
+    return own
+
+
+def give_back(environ: MutableMapping[str, str], own: Mapping[str, str]) -> None:
+    """Remove what makes a process a rank, once MPI has started: a child that starts MPI is not this rank."""
+    for name in list(environ):
+        if name.startswith(launcher.RANK_PREFIXES) and name not in LOCAL_SIZES:
+            del environ[name]
+    environ.update(own)
 
 
 def hold(connection: socket.socket, listener: socket.socket, rank: int) -> None:
     """Keep the placeholder until this process ends, and end with it if the launcher, or another rank, ends before."""
     last = os.dup(connection.fileno())  # Python closes its sockets when it ends, which is before MPI ends
-    process, poll = os.getpid(), select.poll()
+    process, poll, open_ends = os.getpid(), select.poll(), [last]
     for each in (connection, listener):
         each.settimeout(None)
         poll.register(each, select.POLLIN)
-    for close in (partial(os.close, last), connection.close, listener.close):
-        os.register_at_fork(after_in_child=close)
+
+    def close_all() -> None:
+        while open_ends:  # once: later forks may have given the number to another file
+            os.close(open_ends.pop())
+        connection.close()
+        listener.close()
+
+    os.register_at_fork(after_in_child=close_all)
 
     @atexit.register
     def say_goodbye() -> None:
@@ -233,7 +270,58 @@ def hold(connection: socket.socket, listener: socket.socket, rank: int) -> None:
             os.write(2, f"rank {rank}: the MPI job has ended, because a rank has called MPI_Abort or died\n".encode())
             os._exit(1)
 
+    end_on_exceptions(process)
+    if multiprocessing.parent_process() is not None:
+        end_with_multiprocessing(say_goodbye)
     threading.Thread(target=watch, name="hpccomm-placeholder", daemon=True).start()
+
+
+def end_on_exceptions(process: int) -> None:
+    """Let an exception that ends the program end this process at once: MPI's end would wait for all other ranks."""
+    write_exception = sys.excepthook
+
+    def end(*error: Any) -> None:
+        write_exception(*error)
+        if os.getpid() == process:
+            atexit.register(end_at_once, 1)  # the first handler then, after torch has written the exception to stderr
+
+    sys.excepthook = end
+
+
+def end_at_once(status: int) -> None:
+    """End this process without Python's and MPI's end, so that its placeholder ends the other ranks."""
+    for each in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            each.flush()
+    os._exit(status)
+
+
+def end_with_multiprocessing(say_goodbye: Callable[[], None]) -> None:
+    """Let multiprocessing end this rank: it prints exceptions itself, and ends forked processes without exit handlers.
+
+    Its finalizers run while the exception that ends the process is raised.
+    """
+    from multiprocessing import util
+
+    process = multiprocessing.current_process()
+    forked = (getattr(process, "_start_method", None) or multiprocessing.get_start_method()) != "spawn"
+    handled = sys.exc_info()[1]  # by the program that has forked this process
+
+    def end() -> None:
+        kind, error, trace = sys.exc_info()
+        if isinstance(error, SystemExit) and error.code and error is not handled:
+            number = error.code if isinstance(error.code, int) else 1
+            sys.stderr.write("" if number == error.code else f"{error.code}\n")
+            end_at_once(number)
+        elif error is not None and not isinstance(error, SystemExit) and error is not handled:
+            sys.excepthook(kind, error, trace)  # type: ignore[arg-type]
+            end_at_once(1)
+        module = find_mpi()
+        if forked and module is not None and not module.Is_finalized():
+            say_goodbye()
+            module.Finalize()
+
+    util.Finalize(None, end, exitpriority=LAST)
 
 
 def start_mpi() -> None:

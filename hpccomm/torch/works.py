@@ -8,6 +8,7 @@ of the group is under way, and queues behind them otherwise.  An error is kept o
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -36,7 +37,7 @@ class Work(dist.Work):
         self._body: Callable[[], None] | None = body
         self._results, self._missing = results, missing
         self._error: BaseException | None = None
-        self._complete = False
+        self._complete, self._process = False, os.getpid()
         self._event: threading.Event | None = None
         self._future: Any = None
         self._lock = threading.Lock()
@@ -82,6 +83,11 @@ class Work(dist.Work):
         """Sleep until the call has ended, at most for some seconds; returns whether it has."""
         if self._complete:
             return True
+        if os.getpid() != self._process:
+            raise TransportError(
+                f"{self.name}: this process was forked while the call was under way, which its parent completes: "
+                "wait before the fork, or start processes by spawn"
+            )
         with self._lock:
             if self._event is None:
                 self._event = threading.Event()
@@ -281,4 +287,5 @@ def complete_all() -> None:
         each.settle(until)
 
 
+os.register_at_fork(after_in_child=_queues.clear)  # a child of fork has none of the threads
 atexit.register(complete_all)
