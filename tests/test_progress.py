@@ -150,7 +150,7 @@ def test_threads_sleep_and_are_used_again(comm: Communicator) -> None:
 
 @pytest.mark.mpi(sizes=(2,))
 def test_a_rank_that_waits_sleeps(comm: Communicator) -> None:
-    """It takes at most 5 % of its core while another rank is late."""
+    """After the first 10 ms, in which it may poll, it takes at most 5 % of its core while another rank is late."""
     progress.submit(comm, sum_on(8)).wait()
     for function in (sum_on(8), sum_on(300_000)):
         comm.Barrier()
@@ -159,4 +159,4 @@ def test_a_rank_that_waits_sleeps(comm: Communicator) -> None:
         began, cpu = time.monotonic(), time.process_time()
         progress.submit(comm, function).wait()
         if comm.rank == 0:
-            assert time.process_time() - cpu < 0.05 * (time.monotonic() - began)
+            assert time.process_time() - cpu - 0.01 < 0.05 * (time.monotonic() - began - 0.01)
