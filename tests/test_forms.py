@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 from collections.abc import Callable
@@ -190,6 +191,31 @@ def test_pairs_are_gathered_by_counts(comm: Communicator, name: str) -> None:
         assert q["i"].tolist() == [k for k in range(comm.size) for _ in range(2)]
 
 
+@pytest.mark.mpi(sizes=(1,), timeout=60)
+def test_memory_of_other_kinds_is_taken_and_refused_as_by_mpi4py(comm: Communicator) -> None:
+    forms: dict[str, Callable[[], Any]] = {
+        "bytes in Fortran order": lambda: memoryview(np.asfortranarray(np.zeros((2, 3), "u1"))),
+        "long doubles": lambda: (ctypes.c_longdouble * 3)(1, 2, 3),
+        "characters": lambda: memoryview(bytearray(4)).cast("c"),
+        "characters of C": lambda: ctypes.create_string_buffer(4),
+        "another byte order": lambda: memoryview(np.zeros(3, ">i4")),
+        "a scalar of C": lambda: ctypes.c_int(3),
+        "nothing": bytearray,
+    }
+    for label, make in forms.items():
+        taken = []
+        for each, errors in ((comm, ArgumentError), (comm.private_comm, Exception)):
+            try:
+                each.Bcast(make())
+                taken.append(True)
+            except errors:
+                taken.append(False)
+        assert taken[0] == taken[1], label
+    got = bytearray(4 * comm.size)
+    comm.Allgather(memoryview(bytearray(b"abcd")).cast("c"), got)
+    assert got == b"abcd" * comm.size
+
+
 # Derived datatypes
 
 
@@ -204,7 +230,7 @@ def test_items_beyond_the_array_are_refused_and_those_in_the_array_of_a_view_are
         lambda: comm.Bcast_init([np.zeros(4), 100, VECTOR]),
     ]
     for call in beyond:
-        with pytest.raises(ArgumentError, match="elements take the bytes"):
+        with pytest.raises(ArgumentError, match=r"the buffer holds . elements of a derived datatype, the count is"):
             call()
     inside: list[Callable[[], None]] = [
         lambda: comm.Bcast([np.zeros(3), 1, VECTOR]),

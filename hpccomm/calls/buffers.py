@@ -195,11 +195,7 @@ def read_array(array: npt.NDArray[Any], raw: Any, who: str) -> Buffer:
         array = array.view(CHARACTERS[array.dtype.str])
     if array.dtype.kind not in MPI_KINDS and not half:
         raise ArgumentError(f"{who}: MPI has no datatype for {array.dtype}: {remedy_for(array.dtype)}")
-    if not array.dtype.isnative:
-        raise ArgumentError(
-            f"{who}: {array.dtype.str} has another byte order than this machine: "
-            "pass x.astype(x.dtype.newbyteorder('='))"
-        )
+    check_byte_order(array.dtype, who)
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
         raise ArgumentError(
             f"{who}: the array is not contiguous (shape {array.shape}, strides {array.strides}): "
@@ -210,6 +206,14 @@ def read_array(array: npt.NDArray[Any], raw: Any, who: str) -> Buffer:
         raw, address_of(array), array.size, array.dtype, writable=array.flags.writeable, order=order, owner=array
     )
     return to_uint16(buffer, half) if half else buffer
+
+
+def check_byte_order(dtype: np.dtype[Any], who: str) -> None:
+    """Refuse elements in another byte order than this machine's."""
+    if not dtype.isnative:
+        raise ArgumentError(
+            f"{who}: {dtype.str} has another byte order than this machine: pass x.astype(x.dtype.newbyteorder('='))"
+        )
 
 
 def half_of(dtype: np.dtype[Any]) -> str:
@@ -244,9 +248,14 @@ def read_provider(given: Any, who: str) -> Buffer:
         return read_dlpack(given, who)
     if not view.contiguous:
         raise ArgumentError(f"{who}: the buffer is not contiguous: pass a contiguous copy")
-    array = np.asarray(view) if view.format != "B" or view.itemsize != 1 else np.frombuffer(view, "u1")
+    try:
+        array = np.frombuffer(view, "u1") if view.format == "B" and view.c_contiguous else np.asarray(view)
+    except ValueError:  # NumPy does not know the format of the elements
+        return Buffer(given)
+    array = array.view(CHARACTERS.get(array.dtype.str, array.dtype))
     if array.dtype.kind not in MPI_KINDS:
         return Buffer(given)
+    check_byte_order(array.dtype, who)
     order = "C" if view.c_contiguous else "F"
     return Buffer(
         given, address_of(array), array.size, array.dtype, writable=not view.readonly, order=order, owner=array
@@ -467,9 +476,11 @@ def check_reach(buffer: Buffer, blocks: int, who: str) -> None:
     first = buffer.address + low - address_of(owner)
     last = first + (items - 1) * extent + used
     if first < 0 or last > owner.nbytes:
+        element = element_of(buffer.datatype)
+        name = element.code if element else buffer.datatype.Get_name() or "a derived datatype"
         raise ArgumentError(
-            f"{who}: {items} {buffer.datatype.Get_name() or 'elements'} take the bytes {first} to {last} of an array "
-            f"of {owner.nbytes} bytes: pass a longer buffer or a smaller count"
+            f"{who}: the buffer holds {buffer.size} elements of {name}, the count is {items}, from byte {first} to "
+            f"{last} of {owner.nbytes}: pass a longer buffer or a smaller count"
         )
 
 
