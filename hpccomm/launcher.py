@@ -340,7 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         more = split_words("--mpi-args", args.mpi_args)
         if not more:
             check_program(program)
-            check_memory(args.ranks)
+            if "mpi4py" in python_command(program):
+                check_memory(args.ranks)
         environ = os.environ | trace_into(args.timeline)
         command, env = launch_command(args.ranks, program, more, environ)
     except LaunchError as error:

@@ -113,9 +113,9 @@ def test_a_rank_that_has_completed_a_call_is_told_once_that_another_one_refuses_
     tables = node(3)
     assert make_call(tables[0], ROOT_0) == ""
     assert tables[0].is_ahead()
-    assert tables[0].find_refusal() == ""
+    assert tables[0].take_refusal() == ""
     assert "rank 1 called Bcast(8 float64, root=1)" in make_call(tables[1], ROOT_1)
-    assert tables[0].find_refusal() == (
+    assert tables[0].take_refusal() == (
         "rank 0: the ranks' calls were different in one that this rank has completed: rank 0 called "
         "Bcast(8 float64, root=0), rank 1 called Bcast(8 float64, root=1): name the same root on all ranks "
         "(noticed by rank 0)"
@@ -123,9 +123,26 @@ def test_a_rank_that_has_completed_a_call_is_told_once_that_another_one_refuses_
     assert tables[0].is_ahead(), "rank 2 has not called it yet"
     assert "ranks 0, 2 called Bcast(8 float64, root=0)" in make_call(tables[2], ROOT_0)
     assert not tables[0].is_ahead()
-    assert [table.find_refusal() for table in tables] == [""] * 3, "those that raised have said it"
+    assert [table.take_refusal() for table in tables] == [""] * 3, "those that raised have said it"
     assert [make_call(table, ROOT_1) for table in tables] == [""] * 3
-    assert [table.find_refusal() for table in tables] == [""] * 3
+    assert [table.take_refusal() for table in tables] == [""] * 3
+
+
+def test_every_call_that_another_rank_refuses_is_told_but_none_that_this_rank_refuses_too(node: MakeTables) -> None:
+    tables = node(2)
+    assert [make_call(tables[0], each) for each in (ROOT_0, ROOT_0, ROOT_1)] == [""] * 3
+    assert make_call(tables[1], ROOT_1)
+    tables[1].refuse(MismatchError("first"))
+    assert "in one that this rank has completed" in tables[0].take_refusal()
+    assert make_call(tables[1], ROOT_1)
+    tables[1].refuse(MismatchError("second"))
+    assert "in one that this rank has completed" in tables[0].take_refusal()
+    assert make_call(tables[1], ROOT_1) == ""
+    assert make_call(tables[1], ROOT_0) == ""
+    tables[1].refuse(MismatchError("third"))
+    assert make_call(tables[0], ROOT_1)
+    assert make_call(tables[0], ROOT_0) == ""
+    assert tables[0].take_refusal() == "", "it has raised an error in that call"
 
 
 def test_a_rank_is_not_ahead_of_one_that_has_left_or_that_makes_the_same_calls(node: MakeTables) -> None:

@@ -268,6 +268,11 @@ def test_programs_that_can_be_started_are_not_refused(tmp_path: Path, monkeypatc
     launcher.check_memory(64)
 
 
+@pytest.mark.parametrize(("program", "status"), [("hostname", 0), ("-c pass", 1)])
+def test_only_ranks_that_start_mpi_need_its_memory(program: str, status: int) -> None:
+    assert launcher.main(["-n", "1000000", "--dry-run", *program.split()]) == status
+
+
 def run_in_shell(line: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """A line of a shell in which ``hpccomm`` is the command of this tree."""
     shell = f'hpccomm() {{ "{sys.executable}" -m hpccomm "$@"; }}; set -o pipefail; {line}'

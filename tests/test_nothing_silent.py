@@ -10,6 +10,7 @@ import subprocess
 import textwrap
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -549,6 +550,18 @@ def test_no_rank_outlives_its_launcher() -> None:
     assert not any(find_process(rank).started for rank in ranks)
     process.stdout.close()
     process.wait()
+
+
+def test_a_process_may_have_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = Path("/proc/self/comm")
+    before = name.read_bytes()
+    name.write_bytes(b"Pr\xc3")
+    try:
+        assert find_process(os.getpid()).parent == os.getppid()
+    finally:
+        name.write_bytes(before)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **named: "")
+    assert find_process(1).started == 0
 
 
 def test_a_launcher_that_is_gone_is_noticed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -152,5 +153,23 @@ def test_who_is_a_rank(size: int, environ: dict[str, str], expected: bool, monke
 
 def test_only_variables_of_mpi_are_taken_over() -> None:
     environ = {"HOME": "/a", "PMIX_RANK": "7", "OMPI_MCA_btl": "self"}
-    placeholders.take_over(environ, {"HOME": "/b", "PMIX_RANK": "1", "PMI_PORT": "x:1"})
+    before = dict(environ)
+    own = placeholders.take_over(environ, {"HOME": "/b", "PMIX_RANK": "1", "PMI_PORT": "x:1"})
     assert environ == {"HOME": "/a", "PMIX_RANK": "1", "PMI_PORT": "x:1"}
+    placeholders.give_back(environ, own)
+    assert environ == before
+
+
+def test_a_placeholder_without_a_process_is_no_rank() -> None:
+    """It calls all others before it ends."""
+    here, there = socket.socketpair()
+    there.close()
+    with here, pytest.raises(LaunchError, match="another process has ended before MPI started"):
+        placeholders.read_environment(here)
+
+
+def test_a_placeholder_that_is_silent_is_not_waited_for_for_ever() -> None:
+    here, there = socket.socketpair()
+    here.settimeout(0.01)
+    with here, there, pytest.raises(LaunchError, match="started no ranks within"):
+        placeholders.read_environment(here)

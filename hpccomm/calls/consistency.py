@@ -12,6 +12,7 @@ import ctypes
 import os
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -111,7 +112,9 @@ class ConsistencyTable:
         self.entered = EnteredCall(self, self.leave, lambda: None)
         """Around the calls that are entered and left by :meth:`enter` or :meth:`begin` and :meth:`leave`."""
         self._told = 0
-        """The last call of which this rank has said that the ranks' calls differ."""
+        """The last call of which this rank has said that another one refuses it."""
+        self._raised: deque[int] = deque(maxlen=CALLS)
+        """Calls that this rank has left by an error, which it has raised."""
         self._words[self._base + PROCESS] = os.getpid()
         _tables.add(self)
 
@@ -133,6 +136,7 @@ class ConsistencyTable:
 
     def abandon(self) -> None:
         """Leave a call that has failed."""
+        self._raised.append(self._seq)
         self._words[self._base + FAILED] = self._seq
         self._words[self._base + STATUS] = -self._seq
 
@@ -184,8 +188,8 @@ class ConsistencyTable:
 
     def miss_call(self) -> None:
         """Count a call that other members have entered, and that has failed because this one made another."""
-        self._told = self._seq + 1
-        self._words[self._base + STATUS] = -self._told
+        self._raised.append(self._seq + 1)
+        self._words[self._base + STATUS] = -self._raised[-1]
 
     def compare_entries(self) -> None:
         """Raise if a rank that has entered this call, too, called something else."""
@@ -337,7 +341,7 @@ class ConsistencyTable:
 
     def refuse(self, error: BaseException) -> None:
         """Tell the members that have completed this call that this rank has not."""
-        self._told = self._seq
+        self._raised.append(self._seq)
         self.write_reason(error)
         self._words[self._base + REFUSED] = self._seq
 
@@ -357,19 +361,19 @@ class ConsistencyTable:
         behind = (peer for peer in self._peers if self.count_left(peer) < last and not words[peer + LEFT])
         return any(find_process(words[peer + PROCESS]).started for peer in behind)
 
-    def find_refusal(self) -> str:
-        """The sentence for a call that this rank has completed and another one refuses; empty if none is new."""
+    def take_refusal(self) -> str:
+        """The sentence for a call that this rank has completed and another one refuses, once; empty if none is new."""
         told, last, members = (
             self._told,
             self.count_completed(self._base),
             dict(zip(self._peers, self._others, strict=True)),
         )
         found = {self._words[peer + REFUSED]: rank for peer, rank in members.items()}
-        new = [seq for seq in found if told < seq <= last]
+        new = [seq for seq in found if told < seq <= last and seq not in self._raised]
         if not new:
             return ""
-        self._told = max(new)
-        calls, reason = self.list_calls(min(new)), self.read_reason(found[min(new)])
+        self._told = min(new)
+        calls, reason = self.list_calls(self._told), self.read_reason(found[self._told])
         known = [each for each in calls.values() if each]
         if self._me in calls and any(first_difference(known[0], each) for each in known):
             reason = mismatch_message(calls, self._me)

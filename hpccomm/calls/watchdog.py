@@ -79,6 +79,7 @@ class Group:
         self.comm, self.rank, self.nodes, self.table, self.wire = comm, rank, nodes, table, wire
         self._parent: Group | None = of[0] if of else None
         self._ranks: Sequence[int] = of[1] if of else ()
+        self._telling = threading.Lock()  # the watchdog and the end of the program
         self._since, self._sent = (0, 0.0), list[tuple[MPI.Request, bytes]]()
         self._counts = np.zeros((2, sum(map(len, nodes))), np.int64)
         """``(2, p)`` messages sent to each rank, and received from it."""
@@ -104,10 +105,10 @@ class Group:
             self._check_deadlock()
 
     def tell(self) -> None:
-        """Log that another rank has refused a call which this rank has completed, once."""
-        refusal = self.table.find_refusal()
-        if refusal:
-            log_line(refusal)
+        """Log that another rank has refused a call which this rank has completed, once for each such call."""
+        with self._telling:
+            while refusal := self.table.take_refusal():
+                log_line(refusal)
 
     def _check_deadlock(self) -> None:
         """Abort all ranks if this rank is in a call that can never complete."""
@@ -388,14 +389,16 @@ class Watchdog:
     def end(self) -> None:
         """Call MPI no more, which ends, and look a last time whether ranks have refused calls of this one."""
         until = time.monotonic() + EXIT_SECONDS
-        for group in [each for each in self.groups.values() if each.table and self.calls_mpi]:
-            with contextlib.suppress(ValueError):  # another thread frees the communicator
-                while group.table.is_ahead() and time.monotonic() < until:
-                    group.table.progress()
-                    time.sleep(LONGEST_SECONDS)
-                group.tell()
-        with _mpi:
-            self.calls_mpi = False
+        try:
+            for group in [each for each in list(self.groups.values()) if each.table and self.calls_mpi]:
+                with contextlib.suppress(ValueError):  # another thread frees the communicator
+                    while group.table.is_ahead() and time.monotonic() < until:
+                        group.table.progress()
+                        time.sleep(LONGEST_SECONDS)
+                    group.tell()
+        finally:
+            with _mpi:
+                self.calls_mpi = False
 
 
 _mpi = threading.RLock()

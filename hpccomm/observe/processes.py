@@ -20,12 +20,12 @@ class Process(NamedTuple):
 def read_process(pid: int) -> Process:
     """The process of a number; of one that has ended all fields are empty.  Raises OSError if it cannot be read."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1")  # a name may be cut inside a character
     except (FileNotFoundError, ProcessLookupError):
         return Process()
     name, _, rest = text.partition("(")[2].rpartition(")")
     fields = rest.split()
-    return Process() if fields[0] == "Z" else Process(name, fields[0], int(fields[1]), int(fields[19]))
+    return Process() if not fields or fields[0] == "Z" else Process(name, fields[0], int(fields[1]), int(fields[19]))
 
 
 def find_process(pid: int) -> Process:

@@ -22,7 +22,7 @@ from hpccomm.torch.collectives import Collectives
 from hpccomm.torch.messages import Message, receive, send
 from hpccomm.torch.options import Options
 from hpccomm.torch.tensors import Tensor
-from hpccomm.torch.works import DONE, CallQueue, Work
+from hpccomm.torch.works import DONE, CallQueue, Work, complete_first
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Torch's default.  With a shorter one, synchronous calls run on the group's thread as well, so that they can end."""
@@ -61,6 +61,7 @@ def make_group(given: Any, options: Any = None) -> Group:
         raise ArgumentError(f"pg_options is {options!r}: pass hpccomm.torch.Options")
     store = members.separate_store(given)
     comm, inherited = members.create(given, store)
+    complete_first()
     return Group(given, comm, store, options or inherited or Options())
 
 

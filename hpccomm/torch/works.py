@@ -15,17 +15,19 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from mpi4py import MPI
 
 from hpccomm.calls.watchdog import abort_all
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.progress import EXIT_SECONDS, has_thread
 
 SETTLE_SECONDS = 1e-3
-"""Time between two looks for threads that are busy when the program ends."""
+"""Time between two looks for threads that are busy when a group or the program ends."""
 
 
 class Work(dist.Work):
@@ -170,7 +172,12 @@ class CallQueue:
 
     def enter(self) -> bool:
         """Whether this thread may run a call: no other is under way, and none will be before :meth:`leave`."""
-        return not self._calls and not self._closed and self._running.acquire(blocking=False)
+        if self._calls or not self._running.acquire(blocking=False):
+            return False
+        if self._closed:
+            self._running.release()
+            return False
+        return True
 
     def leave(self) -> None:
         """End what :meth:`enter` has begun."""
@@ -255,9 +262,9 @@ class CallQueue:
 
         Python ends a thread that comes back from C++ after the program, and C++ then ends the process by an abort.
         """
-        while self._busy and time.monotonic() < until:
+        while (self._busy or self._running.locked()) and time.monotonic() < until:
             time.sleep(SETTLE_SECONDS)
-        return not self._busy
+        return not (self._busy or self._running.locked())
 
     @property
     def last(self) -> Work | None:
@@ -287,5 +294,18 @@ def complete_all() -> None:
         each.settle(until)
 
 
+def complete_first() -> None:
+    """Let the end of the program, and that of MPI, begin with :func:`complete_all`, before the watchdog's end."""
+    atexit.unregister(complete_all)
+    atexit.register(complete_all)
+    complete_at_finalize()
+
+
+@cache
+def complete_at_finalize() -> None:
+    """Let MPI's Finalize begin with :func:`complete_all`."""
+    keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, value: complete_all())
+    MPI.COMM_SELF.Set_attr(keyval, None)
+
+
 os.register_at_fork(after_in_child=_queues.clear)  # a child of fork has none of the threads
-atexit.register(complete_all)
