@@ -184,6 +184,17 @@ def test_a_compressor_without_device_support_is_named() -> None:
         hpccomm.threshold(0.5).encode(LIBRARY.asarray(np.ones(5)))
 
 
+@pytest.mark.parametrize("path", ["dense", "split", "recursive_doubling", "ok_topk"])
+def test_a_named_exchange_that_the_device_does_not_have_is_refused(launcher: Emulated, path: str) -> None:
+    def refuse(comm: Any) -> bool:
+        method = feedback(hpccomm.topk(0.1), DeviceComm(comm), exchange=path)
+        with pytest.raises(ArgumentError, match=f"exchange is '{path}', but the gradients lie on a device"):
+            run_steps(comm, method, LIBRARY)
+        return True
+
+    assert run_on_ranks(2, refuse) == [True, True]
+
+
 def test_a_nan_gradient_leaves_the_state_on_the_device_unchanged(launcher: Emulated) -> None:
     method = feedback(hpccomm.topk(0.1), DeviceComm(run_on_ranks(1, lambda comm: comm)[0]), 0.9)
     state: FeedbackState = method.init(LIBRARY.asarray(gradient_of(0, 0)))

@@ -260,7 +260,13 @@ class FeedbackExchange:
 
     def choose(self, gradient: Vector, state: FeedbackState) -> str:
         """The path of this step, the same on all ranks."""
-        if self.comm.size == 1 or not isinstance(gradient, np.ndarray):
+        if self.comm.size == 1:
+            return ALLGATHER
+        if not isinstance(gradient, np.ndarray):
+            require(
+                self.how in (AUTO, ALLGATHER),
+                f"feedback: exchange is {self.how!r}, but the gradients lie on a device: pass 'allgather' or 'auto'",
+            )
             return ALLGATHER
         if self.how != AUTO:
             return self.how
