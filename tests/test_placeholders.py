@@ -72,7 +72,8 @@ def check_nothing_is_left(ranks: list[subprocess.Popen[str]], folder: Path, file
     assert not [name for name in names if Path(name).exists()]
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize("size", [3, 2, 5])
 def test_processes_become_ranks(size: int, tmp_path: Path) -> None:
     ranks = start(size, tmp_path, "finished")
     found = finish(ranks)
@@ -81,6 +82,7 @@ def test_processes_become_ranks(size: int, tmp_path: Path) -> None:
     check_nothing_is_left(ranks, tmp_path, [output for _, output, _ in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["killed", "aborted"])
 def test_a_rank_that_ends_early_ends_the_others(end: str, tmp_path: Path) -> None:
     ranks = start(3, tmp_path, end)
@@ -91,6 +93,7 @@ def test_a_rank_that_ends_early_ends_the_others(end: str, tmp_path: Path) -> Non
     check_nothing_is_left(ranks, tmp_path, [output for _, output, _ in found])
 
 
+@pytest.mark.slow
 def test_rank_0_ends_everything_when_it_is_killed(tmp_path: Path) -> None:
     ranks = start(2, tmp_path, "waiting")
     files = [each.stdout.readline() for each in ranks if each.stdout]
