@@ -340,7 +340,9 @@ class Communicator(MPI.Intracomm):
                 again = partial(self._repeat, name)
                 if key is not None and self._bounce_buffers.run((name, *marks), again, sendbuf, into, rest):
                     return None
-                bound = self._bind(kind, key, self._planner_of(sendbuf, into), name, sendbuf, recvbuf, *rest)
+                bound = self._planner_of(sendbuf, into).bind(key, name, sendbuf, recvbuf, *rest)
+            if kind and bound.row:  # the door takes later calls of this kind
+                self.plans.entry.insert(kind, bound.row, bound.text)  # type: ignore[union-attr]
             recorded.describe(bound.text)
             if key is not None:
                 return bound.run()
@@ -386,13 +388,6 @@ class Communicator(MPI.Intracomm):
             return None
         entry.check_interrupted()
         return entry.key() if code == MISS else None
-
-    def _bind(self, kind: Key | None, key: Hashable, planner: Planner, *call: Any) -> Plan:
-        """Bind a plan, and let the door take later calls of its kind."""
-        plan = planner.bind(key, *call)
-        if kind and plan.row:
-            self.plans.entry.insert(kind, plan.row, plan.text)  # type: ignore[union-attr]
-        return plan
 
     def _run_native(self, code: int, name: str, *arguments: Any) -> None:
         """Run MPI's own collective for a call whose door has returned ``code``; the ranks' calls are compared."""

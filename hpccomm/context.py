@@ -64,10 +64,6 @@ SETTINGS = (
 """Environment variables that must be the same on every rank: rank 0's values are used."""
 
 
-Names = Callable[[str], tuple[str, ...]]
-"""Gives the valid values of ``algorithm=`` for a collective."""
-
-
 class Once:
     """A property that is made at its first use, as ``functools.cached_property``, but without a lock.
 
@@ -463,25 +459,19 @@ class Context:
             found["hierarchical"] = self.hierarchical_algorithms[collective]
         return found
 
-    def decide(
-        self, collective: str, nbytes: int, dtype: str, allowed: tuple[str, ...], names: Names, who: str
-    ) -> tuning.Choice:
-        """The one of the ``allowed`` algorithms for a call that names none; ``names(collective)`` are all of them."""
+    def decide(self, collective: str, nbytes: int, dtype: str, allowed: tuple[str, ...]) -> tuning.Choice:
+        """The one of the ``allowed`` algorithms for a call that names none."""
         key = (collective, nbytes, dtype, allowed)
         if key not in self._decisions:
-            self._decisions[key] = self._decide(collective, nbytes, dtype, allowed, names, who)
+            self._decisions[key] = self._decide(collective, nbytes, dtype, allowed)
             if len(self._decisions) > 4 * MAX_PLANS:
                 self._decisions.pop(next(iter(self._decisions)))
         return self._decisions[key]
 
-    def _decide(
-        self, collective: str, nbytes: int, dtype: str, allowed: tuple[str, ...], names: Names, who: str
-    ) -> tuning.Choice:
+    def _decide(self, collective: str, nbytes: int, dtype: str, allowed: tuple[str, ...]) -> tuning.Choice:
         wanted = algorithm_setting(self.settings["HPCCOMM_ALGORITHM"], collective)
         if wanted in allowed:
             return tuning.Choice(wanted, None, "set by HPCCOMM_ALGORITHM")
-        if wanted and wanted not in names(collective):
-            raise unknown_algorithm_error(who, wanted, names(collective), "HPCCOMM_ALGORITHM")
         return self.table.choose(
             collective, self.layout.count, max(self.layout.per_node), nbytes, dtype, candidates=allowed
         )

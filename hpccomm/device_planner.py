@@ -21,7 +21,7 @@ from hpccomm.calls.call import Call
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import Plan, Run
 from hpccomm.calls.reader import is_in_place
-from hpccomm.context import Once, algorithm_setting
+from hpccomm.context import Once
 from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.planner import Planner
 from hpccomm.settings import DEVICE_SETTING, ON_HOST
@@ -141,8 +141,7 @@ class DevicePlanner(Planner):
     def host_algorithm(self, call: Call) -> str:
         """What the caller, the communicator or the environment have named for the host; empty if nothing."""
         name = "reproducible" if call.reproducible else call.algorithm or self.comm.algorithm
-        setting = self.context.settings["HPCCOMM_ALGORITHM"]
-        return str(name) if name != "auto" else algorithm_setting(setting, call.collective)
+        return str(name) if name != "auto" else self.setting(call.collective)
 
     def bind_check(self, fingerprint: Fingerprint) -> Run:
         """A barrier that raises on all ranks if their calls, or the memory of their arrays, differ."""

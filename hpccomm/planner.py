@@ -26,7 +26,7 @@ from hpccomm.calls.consistency import MEETING_SECONDS
 from hpccomm.calls.entry import Entry, class_lengths, why_no_entry
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.calls.plans import Plan, Run, call_key, compose
-from hpccomm.calls.reader import IN_PLACE, Reader, is_in_place
+from hpccomm.calls.reader import IN_PLACE, Member, Reader, is_in_place
 from hpccomm.calls.rewrites import ExactSum, make_contiguous
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError
@@ -45,27 +45,17 @@ FALLBACKS = ("shared", "butterfly", "tree", "ring")
 """Algorithms for calls that native MPI cannot take, in order of preference."""
 
 
-class Planner:
+class Planner(Member):
     """Plans the calls of one communicator."""
 
     in_lockstep = False
     """Whether no rank begins any call before all have been compared; a progress thread waits for the others anyway."""
 
     def __init__(self, comm: Any) -> None:
-        self.comm = comm
+        super().__init__(comm)
         self.reader = Reader(comm)
         self.backends = {name: row.make(self) for name, row in BACKENDS.items() if not row.on_device}
         self.first_use = FirstUse(self)
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        return int(self.comm.rank)
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-        return int(self.comm.size)
 
     @property
     def context(self) -> Context:
@@ -130,10 +120,9 @@ class Planner:
 
         Shared memory that awaits its code is taken into use for a call that names it.
         """
-        if self.context.awaits_code:
-            setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], call.collective)
-            if "shared" in (call.algorithm, self.comm.algorithm, setting):
-                self.use_code()
+        named = call.algorithm, self.comm.algorithm
+        if self.context.awaits_code and ("shared" in named or self.setting(call.collective) == "shared"):
+            self.use_code()
         return {
             name: backend
             for backend in self.backends.values()
@@ -204,7 +193,7 @@ class Planner:
         width, result = 2 if buffer.dtype.kind == "c" else 1, call.recv if here else buffer
         if call.counts:
             first, result = sum(call.counts[: self.rank]), replace(result, count=call.counts[self.rank])
-        if name == "Reduce_scatter":
+        if call.recvcounts is not None:
             arguments = (tuple(width * each for each in call.counts), *arguments[1:])
         whole, total = ExactSum(buffer), ExactSum(result)
         with self.first_use.pause():
@@ -247,8 +236,9 @@ class Planner:
         if self.size == 1 or not ours:
             choice = Choice("native", None, "no other algorithm can take the call", ALL_LENGTHS)
         elif call.data is None:  # there is nothing to measure
-            setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], collective)
-            return Choice("native" if setting == "native" else ours[0], None, "it takes no data", ALL_LENGTHS)
+            return Choice(
+                "native" if self.setting(collective) == "native" else ours[0], None, "it takes no data", ALL_LENGTHS
+            )
         else:
             reduced = call.data.dtype if call.op is not None else None
             dtype = "B" if reduced is None else "e" if call.data.half else reduced.char
@@ -262,13 +252,20 @@ class Planner:
 
     def decide(self, collective: str, nbytes: int, dtype: str, allowed: tuple[str, ...], who: str) -> Choice:
         """The selected algorithm; one that is selected at both ends of a range of lengths takes the whole range."""
-        parts, names = self.size if collective in BLOCKWISE else 1, self.names
+        setting = self.setting(collective)
+        if setting and setting not in self.names(collective):
+            raise unknown_algorithm_error(who, setting, self.names(collective), "HPCCOMM_ALGORITHM")
+        parts = self.size if collective in BLOCKWISE else 1
         least, most = self.lengths(collective, nbytes // parts)
         lengths = (parts * least, parts * most)
-        first, last = (self.context.decide(collective, each, dtype, allowed, names, who) for each in lengths)
+        first, last = (self.context.decide(collective, each, dtype, allowed) for each in lengths)
         if first.algorithm == last.algorithm and first.algorithm in ("native", "shared"):
             return first._replace(lengths=lengths)
-        return self.context.decide(collective, nbytes, dtype, allowed, names, who)._replace(lengths=(nbytes, nbytes))
+        return self.context.decide(collective, nbytes, dtype, allowed)._replace(lengths=(nbytes, nbytes))
+
+    def setting(self, collective: str) -> str:
+        """What ``HPCCOMM_ALGORITHM`` says of a collective; empty if nothing."""
+        return algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], collective)
 
     def lengths(self, collective: str, nbytes: int) -> tuple[int, int]:
         """The lengths around ``nbytes`` whose calls in shared memory have the same record; without it, a size class."""

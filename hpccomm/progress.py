@@ -25,16 +25,13 @@ from typing import Any
 from mpi4py import MPI
 
 from hpccomm.calls.fingerprint import Fingerprint
-from hpccomm.calls.watchdog import FLUSH_SECONDS, log_line
+from hpccomm.calls.watchdog import EXIT_SECONDS, FLUSH_SECONDS, log_line
 from hpccomm.context import Context, create_private_comm
 from hpccomm.errors import HpccommError, TransportError
 from hpccomm.transports.polling import await_request
 
 DRIVE_SECONDS = 5e-4
 """Seconds between two calls of MPI with ``HPCCOMM_PROGRESS=all``."""
-
-EXIT_SECONDS = 10.0
-"""How long a program that ends waits for its calls before it aborts all ranks."""
 
 
 class Call:
@@ -218,7 +215,7 @@ def submit(
     if context.queue is None:
         context.queue = Queue(context, comm._make_channel)
         _state.queues.add(context.queue)
-        complete_at_finalize()
+        run_at_finalize(complete_all)
     call.algorithm = comm.algorithm
     context.queue.submit(call)
     return future
@@ -305,13 +302,13 @@ def drive_all() -> None:
     """With ``HPCCOMM_PROGRESS=all``, let a thread drive MPI's own requests and messages from now on."""
     if _state.driver is None and has_thread() and os.environ.get("HPCCOMM_PROGRESS") == "all":
         _state.driver = Driver()
-        complete_at_finalize()
+        run_at_finalize(complete_all)
 
 
 @cache
-def complete_at_finalize() -> None:
-    """Let MPI's Finalize begin with what this module does at the end of the program."""
-    keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, value: complete_all())
+def run_at_finalize(function: Callable[[], None]) -> None:
+    """Let MPI's Finalize begin with a function that a module runs at the end of the program, once."""
+    keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, value: function())
     MPI.COMM_SELF.Set_attr(keyval, None)
 
 

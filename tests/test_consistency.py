@@ -14,7 +14,7 @@ from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.consistency import ConsistencyTable
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
 from hpccomm.errors import MismatchError
-from hpccomm.kernels.entry.records import NOT_COMPARED
+from hpccomm.kernels.entry.records import COUNTS, NOT_COMPARED
 
 SUM = Fingerprint("Allreduce", "sum", "8", "float32", "", "C", "")
 
@@ -218,6 +218,36 @@ def test_calls_that_may_differ_pass_after_their_text_was_overwritten(node: MakeT
     tables[1].enter(tables[1].announce(SUM._replace(count=UNKNOWN)))
     for table in tables:
         table.leave()
+
+
+@pytest.mark.parametrize("by_template", [False, True])
+def test_a_rank_that_has_gone_on_writes_an_overwritten_text_again(node: MakeTables, by_template: bool) -> None:
+    """Its watchdog does, while the program computes; without one the other rank names the call *something else*."""
+    here, gone = node(2)
+    call = Fingerprint("Bcast", "", "8", "float32", "1", "C", "")
+    gone.begin(gone.announce(call))
+    if by_template:  # as compiled code enters a call of which only the template was announced
+        gone._fingerprints.pop(call.digest)
+        gone._words[gone._base + COUNTS + 1] = 8
+    gone.leave()
+    for count in range(100, 100 + 20 * consistency.TEXTS):
+        gone.announce(SUM._replace(count=str(count)))
+    assert here.read_fingerprint(gone._base, call.digest) is None
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            gone.write_wanted_texts()
+
+    watchdog = threading.Thread(target=watch)
+    watchdog.start()
+    try:
+        with pytest.raises(MismatchError, match=r"rank 0 called Bcast\(8 float32, root=0\), rank 1 called .*root=1"):
+            here.enter(here.announce(call._replace(root="0")))
+    finally:
+        over.set()
+        watchdog.join()
+    assert here._words[here._base + consistency.WANTED] == 0
 
 
 def test_a_rank_that_has_exited_makes_a_call_a_deadlock(node: MakeTables) -> None:

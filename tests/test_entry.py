@@ -179,6 +179,20 @@ def test_the_doors_of_uneven_blocks_take_a_layout_that_comes_again(ours: Communi
     assert rows >= {"allgatherv", "reduce_scatter", "gatherv", "scatterv", "alltoallv"}
 
 
+@pytest.mark.mpi(sizes=(2, 3))
+def test_the_doors_of_uneven_blocks_take_arrays_that_come_again(ours: Communicator) -> None:
+    """Their plan is found by its addresses: the door takes the layout then as it does on new arrays."""
+    if ours.plans.entry is None:
+        pytest.skip(calls_entry.why_no_entry(ours.size) or "shared memory runs without compiled kernels here")
+    x, y, counts = np.ones(ours.size), np.empty(ours.size * ours.size), [ours.size] * ours.size
+    z = np.empty(ours.size)
+    for _ in range(2):
+        ours.Allgatherv(x, [y, counts])
+        ours.Reduce_scatter(y, z, counts)
+    assert ours._doors.allgatherv(x, [y, counts], None, None, None, None) is None
+    assert ours._doors.reduce_scatter(y, z, MPI.SUM, counts, None, None) is None
+
+
 UNREADABLE_LAYOUTS = {
     "count too few": lambda x, p: [x, [1] * (p - 1)],
     "count too many": lambda x, p: [x, [1] * (p + 1)],

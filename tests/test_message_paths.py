@@ -332,7 +332,7 @@ def test_uneven_nodes_have_as_many_ranks_as_they_have() -> None:
 
     place = prices.place_of(Comm())
     assert (place.nodes, place.per_node, place.ranks) == (2, 7, 8)
-    assert place.level(prices.LEADERS).ranks == 2
+    assert place.level(prices.BETWEEN_NODES).ranks == 2
 
 
 def test_short_vectors_are_predicted_on_the_path_that_they_take() -> None:

@@ -149,6 +149,12 @@ def run_under_torchrun(
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100, check=False)
 
 
+def check_lines(done: subprocess.CompletedProcess[str], lines: list[str]) -> None:
+    """The program has ended well, and has written these lines and no others."""
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == lines
+
+
 TRAINING = """
 from functools import partial
 import hpccomm
@@ -171,8 +177,7 @@ sys.stdout.write(f"sum {x[0]:g} of {dist.get_world_size()}\\n")
 
 def test_torchrun(tmp_path: Path, entry_point: dict[str, str]) -> None:
     done = run_under_torchrun(write(tmp_path, TRAINING), entry_point, ranks=3)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["sum 6 of 3"] * 3
+    check_lines(done, ["sum 6 of 3"] * 3)
 
 
 @pytest.mark.slow
@@ -188,8 +193,7 @@ dist.barrier()
 sys.stdout.write(f"attempt {attempt}\\n")
 """
     done = run_under_torchrun(write(tmp_path, text), entry_point, "--max-restarts", "1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["attempt 1"] * 2
+    check_lines(done, ["attempt 1"] * 2)
 
 
 STORE_THAT_STAYS = """
@@ -219,8 +223,7 @@ sys.stdout.write(f"sum {float(x):g}, waited {rank == 2 or waited > 0.5}\\n")
 def test_a_second_process_group_under_torchrun_is_as_new(tmp_path: Path, entry_point: dict[str, str]) -> None:
     """The store of torchrun keeps the keys of the first one."""
     done = run_under_torchrun(write(tmp_path, STORE_THAT_STAYS), entry_point, ranks=3)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["sum 3, waited True"] * 3
+    check_lines(done, ["sum 3, waited True"] * 3)
 
 
 @pytest.mark.slow

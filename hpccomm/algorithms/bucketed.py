@@ -165,10 +165,11 @@ class BucketedExchange:
         arrays = dict(tree_leaves(weights))
         require(bool(arrays), f"{self.who}: there are no weights: pass {{name: array}}")
         self._tied = find_tied(arrays, self.who)
+        """The first name of each weight, by all its names."""
         self._names_of: dict[str, set[str]] = {}
+        """All names of each weight, by the first one."""
         for name, first in self._tied.items():
             self._names_of.setdefault(first, set()).add(name)
-        """The first name of each weight, by all its names."""
         own = {name: view_array(arrays[name])[0] for name, first in self._tied.items() if name == first}
         self._here = not all(isinstance(each, np.ndarray) for each in own.values())
         """Whether exchanges run in the program's thread, whose device and stream are those of its arrays."""

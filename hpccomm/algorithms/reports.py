@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.algorithms.states import children_of
+from hpccomm.algorithms.states import parts_now
 from hpccomm.errors import ArgumentError
 
 
@@ -92,9 +92,8 @@ def costs(state: Any) -> Iterator[ExchangeReport]:
     if isinstance(state, ExchangeReport):
         yield state
     elif isinstance(state, tuple):
-        for name, each, _ in children_of(state):
-            if name != "inner_start":
-                yield from costs(each)
+        for each in parts_now(state):
+            yield from costs(each)
 
 
 def message_reports(state: Any) -> Iterator[MessageReport]:
@@ -102,9 +101,8 @@ def message_reports(state: Any) -> Iterator[MessageReport]:
     if hasattr(state, "messages"):
         yield state.messages()
     elif isinstance(state, tuple):
-        for name, each, _ in children_of(state):
-            if name != "inner_start":
-                yield from message_reports(each)
+        for each in parts_now(state):
+            yield from message_reports(each)
 
 
 def norm_of(vector: Any) -> float:

@@ -145,8 +145,12 @@ def count_skipped(state: Any) -> int:
     """What all parts of a state count as skipped, together; it grows with every step that one of them skips."""
     if not isinstance(state, tuple):
         return 0
-    parts = [each for name, each, _ in children_of(state) if name != "inner_start"]  # which a block began from
-    return int(getattr(state, "skipped", 0)) + sum(map(count_skipped, parts))
+    return int(getattr(state, "skipped", 0)) + sum(map(count_skipped, parts_now(state)))
+
+
+def parts_now(state: tuple[Any, ...]) -> Iterator[Any]:
+    """The parts of a state, without the copy of one that a block of local steps began from."""
+    return (each for name, each, _ in children_of(state) if name != "inner_start")
 
 
 def map_parts(function: Callable[..., Any], state: Any, *others: Any) -> Any:

@@ -57,7 +57,7 @@ def sides(call: Call) -> tuple[Buffer | None, Buffer | None]:
 
 def own_block(call: Call) -> int:
     """The first element of this rank's block in the send buffer."""
-    return call.blocks()[1][call.rank] if call.collective == "allgather" and call.in_place else 0
+    return call.blocks()[1][call.rank] if call.gathers and call.in_place else 0
 
 
 def host_dtype(buffer: Buffer) -> np.dtype[Any]:

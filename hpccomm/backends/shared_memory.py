@@ -56,15 +56,13 @@ from hpccomm.kernels.shared_memory import collectives as kernels
 from hpccomm.kernels.shared_memory import memory, records
 from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
 from hpccomm.kernels.shared_memory.records import fill
+from hpccomm.launcher import LOCAL_SIZES
 from hpccomm.performance.machine import DEFAULTS, Parameters, derive_parameters, floor_power
 from hpccomm.performance.probe import Found, Place, common_place, load_once
 from hpccomm.transports.segment import PAGE, SharedSegment
 
 Plan = Callable[[], None]
 StallHandler = Callable[[float, list[int]], None]
-
-LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-"""Environment variables in which launchers pass the number of ranks on this node."""
 
 TSO_MACHINES = ("x86_64", "amd64", "i686", "s390x")
 """Machines whose processors keep stores, and loads, in order."""
@@ -73,9 +71,10 @@ TSO_MACHINES = ("x86_64", "amd64", "i686", "s390x")
 class SharedMemory:
     """The collectives of the ranks of ``node`` (collective); the module docstring lists the methods.
 
-    ``code`` is ``"auto"``, ``"compiled"`` (Numba) or ``"numpy"``; rank 0's choice holds.  Takes about 1 MB a rank.
-    ``parameters`` are those of the machine; without them rank 0 looks for a probe of the cores of all ranks.
-    A call runs ``stall_handler`` after waiting ``patience_ns`` nanoseconds for a rank, then less and less often.
+    ``code`` is ``"auto"``, ``"compiled"`` (Numba) or ``"numpy"``; rank 0's choice holds.  A rank takes about 1 MB, less
+    where there are many.  ``parameters`` are those of the machine; without them rank 0 looks for a probe of the cores
+    of all ranks.  A call runs ``stall_handler`` after waiting ``patience_ns`` nanoseconds for a rank, then less and
+    less often.
     """
 
     collectives = kernels.COLLECTIVES
@@ -880,7 +879,7 @@ class RankFacts(NamedTuple):
     def find(cls, code: str, secret: npt.NDArray[np.int64]) -> RankFacts:
         """The facts of this rank."""
         cores = tuple(sorted(os.sched_getaffinity(0)))
-        started = max(int(os.environ.get(name, "0")) for name in LOCAL_RANKS)
+        started = max(int(os.environ.get(name, "0")) for name in LOCAL_SIZES)
         crowded = (os.cpu_count() or 1) < started
         return cls(code, objects.why_none(), cores, crowded, os.getpid(), int(secret[0]), secret.ctypes.data)
 

@@ -83,7 +83,7 @@ def divide_call(call: Call, host: Host) -> list[Chunk]:
 def whole_chunk(call: Call, host: Host) -> Chunk:
     """A call with blocks of any length as one chunk."""
     send, recv, me = call.send, call.recv, call.rank
-    if call.collective == "reduce_scatter":
+    if call.counts:
         reads, writes = [extent(send, 0, sum(call.counts))], [extent(recv, 0, call.counts[me])]
     else:
         counts, displs = call.blocks()

@@ -8,7 +8,7 @@ from typing import Any
 from mpi4py import MPI
 
 from hpccomm.calls import operations
-from hpccomm.calls.blocks import EQUAL, SIGNATURES, Amounts, Signature
+from hpccomm.calls.blocks import EQUAL, ONE, SIGNATURES, Amounts, Signature
 from hpccomm.calls.buffers import Buffer
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import Run
@@ -79,6 +79,11 @@ class Call:
     def uneven(self) -> bool:
         """Whether blocks may have any length."""
         return self.signature.varies or self.recvcounts is not None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether each rank sends one block and receives one of every rank."""
+        return self.signature.send == ONE and self.signature.recv != ONE
 
     @property
     def readable(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 import time
 import weakref
 from collections import deque
@@ -50,14 +51,14 @@ LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS, REFUSED, FAILED = (STATUS + k for k 
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
-OUT_OF_STEP, FIRST_ISSUE = ISSUED + 1, ISSUED + 2
+OUT_OF_STEP, WANTED, FIRST_ISSUE = ISSUED + 1, ISSUED + 2, ISSUED + 3
 FIRST_AMOUNTS = FIRST_ISSUE + 2 * CALLS
 
 ENTRY_MASK = (1 << DIGEST_BITS) - 1
 """The digest in an entry; the number of the call is above it."""
 
-TEXT_SECONDS = 0.2
-"""How long a rank that compares waits for the text of another rank's call."""
+TEXT_SECONDS = 1.0
+"""How long a rank that compares waits for the text of another rank's call, whose watchdog writes it."""
 
 MEETING_SECONDS = 1.0
 """Seconds after which a rank that is in a call of MPI counts as one that will not come to this rank's barrier."""
@@ -73,8 +74,8 @@ REASON_BYTES = 512
 def row_words(members: int) -> int:
     """64-bit words per rank: entries of the last calls, the status, counts of the last calls, fingerprints as text.
 
-    Then the number of non-blocking calls, and of the last ones the entry and the number of blocking calls before it;
-    amounts of blocks; a reason.
+    Then the number of non-blocking calls, the digest of a text that this rank wants to read, and of the last
+    non-blocking calls the entry and the number of blocking calls before it; amounts of blocks; a reason.
     """
     return FIRST_AMOUNTS + AMOUNT_CALLS * (1 + 2 * members) + REASON_BYTES // 8
 
@@ -115,6 +116,8 @@ class ConsistencyTable:
         """The last call of which this rank has said that another one refuses it."""
         self._raised: deque[int] = deque(maxlen=CALLS)
         """Calls that this rank has left by an error, which it has raised."""
+        self._writing = threading.Lock()
+        """Held while a text is written, by a call or by the watchdog."""
         self._words[self._base + PROCESS] = os.getpid()
         _tables.add(self)
 
@@ -155,9 +158,18 @@ class ConsistencyTable:
         self._fingerprints[digest] = fingerprint
         start = 8 * (self._base + FIRST_TEXT + (digest % TEXTS) * TEXT_WORDS)
         if self._words[start // 8] != digest:  # never written, or overwritten by another call
-            self._octets[start + 8 : start + 8 + TEXT_BYTES] = fingerprint.encode()
-            self._words[start // 8] = digest
+            with self._writing:
+                self._words[start // 8] = 0
+                self._octets[start + 8 : start + 8 + TEXT_BYTES] = fingerprint.encode()
+                self._words[start // 8] = digest
         return digest
+
+    def write_wanted_texts(self) -> None:
+        """Write again what other calls of this rank have overwritten, and a member wants to read."""
+        for peer in self._peers:
+            wanted = self._fingerprints.get(self._words[peer + WANTED])
+            if wanted:
+                self.announce(wanted)
 
     def enter(self, digest: int, amounts: Amounts | None = None) -> None:
         """Enter a call; raise if a rank that has entered before called something else."""
@@ -295,20 +307,25 @@ class ConsistencyTable:
     def find_text(self, row: int, digest: int, count: int) -> Fingerprint | None:
         """A rank's fingerprint for a digest, which may be that of a template and a count.
 
-        This rank's own text is written again.  If other calls have overwritten that of another rank, this rank waits
-        for it: a rank that compares writes its own.
+        This rank's own text is written again.  If other calls have overwritten that of another rank, this rank says
+        that it wants it, and waits: a rank that compares writes its own, and so does the watchdog of one that has gone
+        on.
         """
-        until = time.monotonic() + TEXT_SECONDS
-        while True:
-            found = self.find_fingerprint(row, digest)
-            if found is None and count:
-                template = self.find_fingerprint(row, (digest - count * COUNT_PRIME) & DIGEST_MASK)
-                found = template and template._replace(count=str(count))
-            if found and row == self._base:
-                self.announce(found)
-            if found or row == self._base or time.monotonic() > until:
-                return found
-            time.sleep(TEXT_SECONDS / 100)
+        until, template_of = time.monotonic() + TEXT_SECONDS, (digest - count * COUNT_PRIME) & DIGEST_MASK
+        try:
+            while True:
+                found = self.find_fingerprint(row, digest)
+                if found is None and count:
+                    template = self.find_fingerprint(row, template_of)
+                    found = template and template._replace(count=str(count))
+                if found and row == self._base:
+                    self.announce(found)
+                if found or row == self._base or time.monotonic() > until:
+                    return found
+                self._words[self._base + WANTED] = template_of
+                time.sleep(TEXT_SECONDS / 500)
+        finally:
+            self._words[self._base + WANTED] = 0
 
     def find_fingerprint(self, row: int, digest: int) -> Fingerprint | None:
         """A rank's fingerprint for a digest; that of this rank is never overwritten."""
@@ -363,13 +380,9 @@ class ConsistencyTable:
 
     def take_refusal(self) -> str:
         """The sentence for a call that this rank has completed and another one refuses, once; empty if none is new."""
-        told, last, members = (
-            self._told,
-            self.count_completed(self._base),
-            dict(zip(self._peers, self._others, strict=True)),
-        )
-        found = {self._words[peer + REFUSED]: rank for peer, rank in members.items()}
-        new = [seq for seq in found if told < seq <= last and seq not in self._raised]
+        last, members = self.count_completed(self._base), zip(self._peers, self._others, strict=True)
+        found = {self._words[peer + REFUSED]: rank for peer, rank in members}
+        new = [seq for seq in found if self._told < seq <= last and seq not in self._raised]
         if not new:
             return ""
         self._told = min(new)

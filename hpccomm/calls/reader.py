@@ -40,8 +40,8 @@ IN_PLACE = MPI.IN_PLACE
 Counts = tuple[int, ...]
 
 
-class Reader:
-    """Reads the calls of one rank of a communicator."""
+class Member:
+    """What serves one rank of a communicator."""
 
     def __init__(self, comm: Any) -> None:
         self.comm = comm
@@ -55,6 +55,10 @@ class Reader:
     def size(self) -> int:
         """Number of ranks."""
         return int(self.comm.size)
+
+
+class Reader(Member):
+    """Reads the calls of one rank of a communicator."""
 
     def read(self, name: str, sendbuf: Any, recvbuf: Any, *arguments: Any) -> Call:
         """Read a call; ``arguments`` are those of its signature, and at last the algorithm."""

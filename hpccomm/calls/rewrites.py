@@ -31,7 +31,7 @@ def make_contiguous(call: Call, reader: Reader) -> Call:
     out = into
     if copies or not call.in_place:
         out = PackedBuffer(call.send, comm, total_bytes(call.send, form.send, call.size), copies)
-    if call.collective == "allgather" and out is not into:
+    if call.gathers and out is not into:
         reader.check_own_block(out.buffer, find_blocks(into.buffer, form.recv, call.size, call.who), call.who)
     before = out.pack if call.here else None
     after = into.unpack if call.root != call.rank else None

@@ -37,9 +37,9 @@ AWAKE_SECONDS = 2.0
 FLUSH_SECONDS = 0.5
 """Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
 EXIT_SECONDS = 10.0
-"""How long a rank that ends waits for those that have not made its last calls yet, as the end of MPI does."""
+"""How long a rank that ends waits for its own calls, and for ranks that have not made its last calls yet."""
 FREE_SECONDS = 5.0
-"""How long a rank that frees a communicator waits for the others."""
+"""How long a rank that frees a communicator waits for the others, before it leaves that to MPI's end."""
 MOST_LINES = 32
 REQUEST, ANSWER = 1, 2
 """Tags of messages between nodes."""
@@ -99,8 +99,12 @@ class Group:
         return {rank: found[there] for rank, there in enumerate(self._ranks) if there in found}
 
     def check_calls(self) -> None:
-        """Log that another rank has refused a call which this one has completed; abort one that cannot complete."""
+        """Log that another rank has refused a call which this one has completed; abort one that cannot complete.
+
+        Texts of calls that another rank wants to read are written first.
+        """
         if self.table:
+            self.table.write_wanted_texts()
             self.tell()
             self._check_deadlock()
 

@@ -35,7 +35,7 @@ from hpccomm.performance.units import format_size, format_time
 VARIABLE = "HPCCOMM_TIMELINE"
 EVENTS, TRACED_EVENTS = 1 << 10, 1 << 18
 """Events that a process keeps, and those that it keeps where a timeline is written: powers of two."""
-TEXTS, TEXT_BYTES, ANSWER_BYTES, REPORT_BYTES = 512, 120, 1 << 16, 1 << 20
+TEXTS, TEXT_BYTES, ANSWER_BYTES, REPORT_BYTES = 4096, 120, 1 << 16, 1 << 20
 FILE = "hpccomm-calls"
 MAGIC = 0x68706363_00000001
 """The layout of the memory; another version of hpccomm has another number."""

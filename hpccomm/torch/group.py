@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
+from hpccomm.calls.watchdog import FREE_SECONDS
 from hpccomm.errors import ArgumentError
 from hpccomm.torch import members
 from hpccomm.torch.collectives import Collectives
@@ -28,16 +29,16 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Torch's default.  With a shorter one, synchronous calls run on the group's thread as well, so that they can end."""
 
 
-Some: TypeAlias = Any
+TensorOrTensors: TypeAlias = Any
 """A list of tensors, or in torch's shorter form of a call one tensor."""
 
 
-def is_one(tensors: Some) -> bool:
+def is_one(tensors: TensorOrTensors) -> bool:
     """Whether a call is in the form for one tensor, as ``group.reduce(x, root, op)``."""
     return isinstance(tensors, torch.Tensor)
 
 
-def as_list(tensors: Some) -> list[Tensor]:
+def as_list(tensors: TensorOrTensors) -> list[Tensor]:
     """One tensor as a list."""
     return [tensors] if is_one(tensors) else tensors
 
@@ -129,7 +130,7 @@ class Group(dist.ProcessGroup):
     def shutdown(self) -> None:
         """End the threads, and free the communicator once all calls have ended and all ranks have come here."""
         self._calls.close()
-        if self._calls.settle(time.monotonic() + members.FREE_SECONDS):
+        if self._calls.settle(time.monotonic() + FREE_SECONDS):
             members.release(self.comm)
 
     def abort(self) -> None:
@@ -166,7 +167,7 @@ class Group(dist.ProcessGroup):
 
     # Reductions
 
-    def allreduce(self, tensors: Some, opts: Any = None, timeout: Any = None, *, op: Any = None) -> Work:
+    def allreduce(self, tensors: TensorOrTensors, opts: Any = None, timeout: Any = None, *, op: Any = None) -> Work:
         """Reduce each tensor over the ranks, in place."""
         opts, tensors = read_options(dist.AllreduceOptions, opts, op), as_list(tensors)
         op = opts.reduceOp
@@ -176,14 +177,16 @@ class Group(dist.ProcessGroup):
         """As :meth:`allreduce`."""
         return self.allreduce(tensors, opts)
 
-    def reduce(self, tensors: Some, opts: Any = None, op: Any = None, timeout: Any = None, *, root: Any = None) -> Work:
+    def reduce(
+        self, tensors: TensorOrTensors, opts: Any = None, op: Any = None, timeout: Any = None, *, root: Any = None
+    ) -> Work:
         """Reduce a tensor to the root, in place."""
         opts, tensors = read_options(dist.ReduceOptions, opts, op, root), as_list(tensors)
         op, root = opts.reduceOp, opts.rootRank
         return self._run("reduce", opts, lambda on: on.reduce(tensors[0], op, root), tensors)
 
     def reduce_scatter(
-        self, outputs: Some, inputs: list[Any], opts: Any = None, timeout: Any = None, *, op: Any = None
+        self, outputs: TensorOrTensors, inputs: list[Any], opts: Any = None, timeout: Any = None, *, op: Any = None
     ) -> Work:
         """Reduce one tensor a rank; each rank gets its own."""
         opts, given = read_options(dist.ReduceScatterOptions, opts, op), inputs if is_one(outputs) else inputs[0]
@@ -211,13 +214,13 @@ class Group(dist.ProcessGroup):
 
     # Moves
 
-    def broadcast(self, tensors: Some, opts: Any = None, timeout: Any = None, *, root: Any = None) -> Work:
+    def broadcast(self, tensors: TensorOrTensors, opts: Any = None, timeout: Any = None, *, root: Any = None) -> Work:
         """Copy the root's tensor to all ranks."""
         opts, tensors = read_options(dist.BroadcastOptions, opts, root), as_list(tensors)
         root = opts.rootRank
         return self._run("broadcast", opts, lambda on: on.broadcast(tensors, root), tensors)
 
-    def allgather(self, outputs: list[Any], inputs: Some, opts: Any = None) -> Work:
+    def allgather(self, outputs: list[Any], inputs: TensorOrTensors, opts: Any = None) -> Work:
         """Gather a tensor of each rank; they may be of different lengths."""
         outputs, inputs = [outputs] if is_one(inputs) else outputs, as_list(inputs)
         return self._run("all_gather", opts, lambda on: on.allgather(outputs[0], inputs[0]), outputs)
@@ -249,7 +252,7 @@ class Group(dist.ProcessGroup):
     _allgather_base = all_gather_single
 
     def gather(
-        self, outputs: list[Any], inputs: Some, opts: Any = None, timeout: Any = None, *, root: Any = None
+        self, outputs: list[Any], inputs: TensorOrTensors, opts: Any = None, timeout: Any = None, *, root: Any = None
     ) -> Work:
         """Gather a tensor of each rank on the root."""
         opts = read_options(dist.GatherOptions, opts, root)
@@ -258,7 +261,7 @@ class Group(dist.ProcessGroup):
         return self._run("gather", opts, lambda on: on.gather(into, inputs[0], root), outputs)
 
     def scatter(
-        self, outputs: Some, inputs: list[Any], opts: Any = None, timeout: Any = None, *, root: Any = None
+        self, outputs: TensorOrTensors, inputs: list[Any], opts: Any = None, timeout: Any = None, *, root: Any = None
     ) -> Work:
         """Send one of the root's tensors to each rank."""
         opts = read_options(dist.ScatterOptions, opts, root)

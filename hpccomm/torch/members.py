@@ -15,13 +15,11 @@ from mpi4py import MPI
 
 from hpccomm import launcher
 from hpccomm.calls.fingerprint import format_ranks
+from hpccomm.calls.watchdog import FREE_SECONDS
 from hpccomm.communicator import Communicator
 from hpccomm.errors import LaunchError, MismatchError
 from hpccomm.torch.options import Options
 from hpccomm.transports.polling import await_request
-
-FREE_SECONDS = 5.0
-"""How long a rank that destroys a group waits for the others before it leaves the communicator to MPI's end."""
 
 MEETING_SECONDS = 0.01
 """The longest time between two looks for the other ranks of a new group."""

@@ -49,9 +49,6 @@ SCHEDULERS = ("SLURM_", "PBS_", "LSB_", "PE_HOSTFILE", "SGE_")
 VARIABLES = (*launcher.RANK_PREFIXES, "OMPI_", "PRTE_", "HYDRA_")
 """Prefixes of the variables that tell a process of its MPI job."""
 
-LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-"""Variables that stay: how many ranks share this node's cores."""
-
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 """A variable that torchrun sets."""
 
@@ -229,9 +226,12 @@ def take_over(environ: MutableMapping[str, str], given: Mapping[str, str]) -> di
 
 
 def give_back(environ: MutableMapping[str, str], own: Mapping[str, str]) -> None:
-    """Remove what makes a process a rank, once MPI has started: a child that starts MPI is not this rank."""
+    """Remove what makes a process a rank, once MPI has started: a child that starts MPI is not this rank.
+
+    How many ranks share this node's cores stays known.
+    """
     for name in list(environ):
-        if name.startswith(launcher.RANK_PREFIXES) and name not in LOCAL_SIZES:
+        if name.startswith(launcher.RANK_PREFIXES) and name not in launcher.LOCAL_SIZES:
             del environ[name]
     environ.update(own)
 

@@ -15,16 +15,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from mpi4py import MPI
 
-from hpccomm.calls.watchdog import abort_all
+from hpccomm.calls.watchdog import EXIT_SECONDS, abort_all
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.progress import EXIT_SECONDS, has_thread
+from hpccomm.progress import has_thread, run_at_finalize
 
 SETTLE_SECONDS = 1e-3
 """Time between two looks for threads that are busy when a group or the program ends."""
@@ -298,14 +296,7 @@ def complete_first() -> None:
     """Let the end of the program, and that of MPI, begin with :func:`complete_all`, before the watchdog's end."""
     atexit.unregister(complete_all)
     atexit.register(complete_all)
-    complete_at_finalize()
-
-
-@cache
-def complete_at_finalize() -> None:
-    """Let MPI's Finalize begin with :func:`complete_all`."""
-    keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, value: complete_all())
-    MPI.COMM_SELF.Set_attr(keyval, None)
+    run_at_finalize(complete_all)
 
 
 os.register_at_fork(after_in_child=_queues.clear)  # a child of fork has none of the threads

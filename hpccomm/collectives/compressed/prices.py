@@ -31,7 +31,7 @@ LONG = 1 << 16
 """Elements from which bytes, and not rounds, decide whether messages are worth it."""
 DENSE_FROM = 4
 """A sparse vector with n/4 or more elements is sent dense: merging would cost more than adding."""
-ALL, NODE, LEADERS = "all ranks", "the ranks of a node", "the first ranks of the nodes"
+ALL, IN_NODE, BETWEEN_NODES = "all ranks", "the ranks of a node", "the first ranks of the nodes"
 
 
 class Place(NamedTuple):
@@ -56,7 +56,7 @@ class Place(NamedTuple):
         if name == ALL:
             return self
         even = self._replace(counted=0)
-        return even._replace(nodes=1) if name == NODE else even._replace(per_node=1)
+        return even._replace(nodes=1) if name == IN_NODE else even._replace(per_node=1)
 
     @property
     def has_nodes(self) -> bool:
@@ -202,7 +202,7 @@ def exact_phases(
     rounds = [1 << each for each in range(p.bit_length() - 1)]
     beyond = p > 1 << len(rounds)
     doubling = [
-        Phase("sendrecv", bytes_of_sum(each << beyond), NODE if each < place.per_node else ALL) for each in rounds
+        Phase("sendrecv", bytes_of_sum(each << beyond), IN_NODE if each < place.per_node else ALL) for each in rounds
     ]
     if beyond:
         doubling = [Phase("sendrecv", bytes_of_sum(1)), *doubling, Phase("sendrecv", bytes_of_sum(p))]
@@ -227,9 +227,9 @@ def lossy_phases(k: int, place: Place) -> dict[str, list[Phase]]:
 def inside_and_between(n: float, between: Iterable[Phase]) -> list[Phase]:
     """A dense float32 sum inside the nodes, phases between their first ranks, and a broadcast inside the nodes."""
     return [
-        Phase("reduce", 4 * n, NODE),
-        *(each._replace(level=LEADERS) for each in between),
-        Phase("bcast", 4 * n, NODE),
+        Phase("reduce", 4 * n, IN_NODE),
+        *(each._replace(level=BETWEEN_NODES) for each in between),
+        Phase("bcast", 4 * n, IN_NODE),
     ]
 
 
@@ -237,7 +237,7 @@ def path_phases(n: float, elements: float, nbytes: float, place: Place) -> dict[
     """The paths of :mod:`hpccomm.algorithms.message_paths` for messages of ``nbytes`` that name ``elements`` of n."""
     gather, exact = Phase("allgather", nbytes, sums=True), exact_phases(n, elements, place)
     found = {"allgather": [gather]}
-    leaders = place.level(LEADERS)
+    leaders = place.level(BETWEEN_NODES)
     if place.has_nodes:
         sums = exact_phases(n, n * density_of_sum(elements / max(n, 1), place.per_node), leaders)
         found["node"] = inside_and_between(n, sums[cheapest(sums, leaders)])

@@ -33,7 +33,7 @@ from hpccomm.collectives.compressed.messages import (
     check_arguments,
     number_of,
 )
-from hpccomm.collectives.compressed.prices import LEADERS, exact_phases, place_of, price_phases
+from hpccomm.collectives.compressed.prices import BETWEEN_NODES, exact_phases, place_of, price_phases
 from hpccomm.kernels.vectors.reference import Octets
 
 Matrix = npt.NDArray[Any]
@@ -135,7 +135,7 @@ def choose(comm: Any, counts: Ints, count: int, values: Matrix) -> str:
     """The cheaper of messages and an allreduce, by the rows of each rank; the same on all ranks."""
     place, path, longest = place_of(comm), "allgather", int(counts.max())
     if 1 < place.nodes < comm.size:
-        path, place = "node", place.level(LEADERS)
+        path, place = "node", place.level(BETWEEN_NODES)
         longest = min(count, int(np.bincount(comm.layout.nodes, counts).max()))
     phases = exact_phases(count, longest, place, values.shape[1] * values.itemsize, INDEX.itemsize)
     return "dense" if price_phases(phases["dense"], place) < price_phases(phases["allgather"], place) else path

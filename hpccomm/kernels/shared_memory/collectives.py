@@ -12,9 +12,9 @@ Python and, with the intrinsics of :mod:`hpccomm.kernels.intrinsics` in place of
   whose blocks fill only part of a slot uses another part on each visit to the slot: a rank then writes where no other
   rank has just read, and no cache line has to be fetched back from another core first.
 
-A call begins with a barrier: every rank writes its line and waits for the lines of all others.  Passing the barrier of
-call n+1 proves that every rank has left call n, so lines and buffers of call n may be written again in call n+2.  Many
-ranks meet along a tree, and small data goes along it too: see :func:`meet_in_tree`.  When
+A call begins with a barrier: every rank writes its line and waits for the lines of all others, or where there are many
+for those of its neighbours in a tree, along which small data goes too (:func:`meet_in_tree`).  Passing the barrier of
+call n+1 proves that every rank has left call n, so lines and buffers of call n may be written again in call n+2.  When
 a rank leaves a call, the others still read at most the last three blocks.  The fourth slot is therefore free for the
 first block of the next call, which is published before the barrier; each collective below gives its reason.
 """
@@ -280,10 +280,11 @@ def meet_all(call, state, since, late):
 def meet_in_tree(call, state, since, late):
     """Wait for the ranks below this one, tell the rank above, wait for its answer, and pass it on.
 
-    A rank reads the packets of its children and its parent only, whatever the number of ranks, and with them the data
-    of a small call: blocks go up, the root of the tree joins them or adds them up in rank order, and its answer comes
-    down.  A packet is written again only in the next call, which no rank reaches before all of its children have read
-    this one; for the buffers of both directions that holds as well.
+    A rank reads the packets of its children and its parent, whatever the number of ranks, and with them the data of a
+    small call: blocks go up, the root of the tree joins them or adds them up in rank order, and its answer comes down.
+    The root of a reduce reads the answer from the tree's root, which reads the vector of the root of a broadcast.  A
+    packet is written again only in the next call, which no rank reaches before all of its children, and that root,
+    have read this one; for the buffers of both directions that holds as well.
     """
     number, check, above = load(state + CALLS), load(call + CALL_CHECK), load(state + PARENT)
     mine = region(state, load(state + RANK))
