@@ -22,11 +22,11 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.calls import operations
-from hpccomm.calls.blocks import NONE, SIGNATURES
+from hpccomm.calls.blocks import NONE, OBJECT_SIGNATURES, SIGNATURES
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last, read_integers
 from hpccomm.calls.consistency import claim_report
-from hpccomm.calls.entry import COLLECTIVES, FREED, Doors, Key, refuse
+from hpccomm.calls.entry import FREED, Doors, Key, refuse
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.calls.reader import is_in_place
 from hpccomm.calls.watchdog import FLUSH_SECONDS, list_waiting
@@ -38,7 +38,6 @@ from hpccomm.named_reductions import run_named
 from hpccomm.observe import timeline
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.tuning import Choice
-from hpccomm.pickled import COMPARED as OBJECT_CALLS
 from hpccomm.pickled import compare_objects, install
 from hpccomm.planner import Planner
 from hpccomm.progress import Queue, drive_all
@@ -711,7 +710,7 @@ class Communicator(MPI.Intracomm):
         return mean
 
 
-NATIVE_CALLS = {name: getattr(MPI.Intracomm, name) for name in map(str.capitalize, COLLECTIVES)}
+NATIVE_CALLS = {name: getattr(MPI.Intracomm, name) for name in SIGNATURES}
 """MPI's own collectives that the entry compares."""
 
 
@@ -777,7 +776,7 @@ for _name in COMPARED:
     setattr(Communicator, f"{_name}_init", compare_at_init(_name))
     setattr(Communicator, f"I{_name.lower()}", start_beside(_name, getattr(Communicator, _name)))
 
-for _name in OBJECT_CALLS:
+for _name in OBJECT_SIGNATURES:
     setattr(Communicator, _name, compare_objects(_name))
 
 OURS: dict[type[MPI.Comm], Any] = {

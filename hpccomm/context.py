@@ -147,6 +147,8 @@ class Context:
         """``of``: the context and the ranks there of which ``comm`` is a level: nothing is read, sent or opened."""
         self._comm, self.rank, self.size = unwrap(comm), comm.rank, comm.size
         self.users: weakref.WeakSet[PlanCache] = weakref.WeakSet()
+        self.object_calls = 0
+        """How many calls of objects Python has compared."""
         self.closed = False
         self.queue: Any = None
         """The calls of progress threads (:mod:`hpccomm.progress`)."""

@@ -17,14 +17,18 @@ import struct
 import zlib
 from functools import partial, wraps
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from hpccomm.calls import operations
+from hpccomm.calls.blocks import OBJECT_SIGNATURES, Signature
 from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.calls.plans import NativeCall
 from hpccomm.errors import MismatchError
+from hpccomm.kernels.entry.records import MISS
+from hpccomm.observe.flight_recorder import recorder
 
 HEADER, RECORD = 8, 256
 """Bytes of a record: length and code of the call, 32 bits each, and all of it."""
@@ -54,76 +58,62 @@ def install(comm: Any) -> None:
         vars(comm).update(allreduce=calls.allreduce, allgather=calls.allgather, bcast=calls.bcast)
 
 
-class ObjectCall(NamedTuple):
-    """What the ranks compare of a lower-case collective."""
-
-    places: dict[str, int]
-    """The positions of the arguments that must agree between ranks."""
-    waiting: str = ""
-    """``ALL`` or ``ROOT``: who waits for all ranks before the first message, if anyone.
-
-    The root of a gather waits in MPI as well.  mpi4py holds the interpreter while it reduces objects, and the watchdog
-    could not tell that a rank never comes, so before a reduction all ranks wait for each other.
-    """
-
-
-ALL, ROOT = "all", "root"
-COMPARED = {
-    "allgather": ObjectCall({}, ALL),
-    "allreduce": ObjectCall({"op": 1}, ALL),
-    "alltoall": ObjectCall({}, ALL),
-    "bcast": ObjectCall({"root": 1}),
-    "exscan": ObjectCall({"op": 1}, ALL),
-    "gather": ObjectCall({"root": 1}, ROOT),
-    "reduce": ObjectCall({"op": 1, "root": 2}, ALL),
-    "scan": ObjectCall({"op": 1}, ALL),
-    "scatter": ObjectCall({"root": 1}),
-}
-"""mpi4py's lower-case collectives."""
-DEFAULTS = {"op": None, "root": 0}
-"""What an argument is that is not given; the operation is a sum."""
+SET_UP_CALLS = 100
+"""A program that makes so many calls of objects, and no other collective, gets shared memory and the compiled entry."""
 
 
 def compare_objects(name: str) -> Any:
     """mpi4py's method for objects, before and after which the ranks of a node compare their calls."""
-    native, (places, waiting) = getattr(MPI.Intracomm, name), COMPARED[name]
+    native, form, door = getattr(MPI.Intracomm, name), OBJECT_SIGNATURES[name], f"{name}_object"
+    defaults = {"op": MPI.SUM, "root": 0}
+    places = [(each, place, defaults[each]) for place, each in enumerate(form.arguments, 1)]
 
     @wraps(native)
     def method(self: Any, *args: Any, **named: Any) -> Any:
+        given = {each: args[k] if k < len(args) else named.get(each, other) for each, k, other in places}
+        op, root = given.get("op"), given.get("root")
+        code = getattr(self._doors, door)(None, None, op, root, None, None)
+        if code > MISS:
+            return self.plans.entry.run_native(code, run, self, root, args, named)
         with self.context.call(name, *args[:1]):
-            return compare(self, *args, **named)
+            return compare(self, code, op, root, args, named)
 
-    def compare(self: Any, *args: Any, **named: Any) -> Any:
-        table = self.context.consistency
+    def compare(self: Any, code: int, op: Any, root: Any, args: Any, named: Any) -> Any:
+        context = self.context
+        table = context.consistency
         if table is None:
             return native(self, *args, **named)
-        given = [
-            named.get(each, args[place] if place < len(args) else DEFAULTS[each]) for each, place in places.items()
-        ]
-        if "root" in places:
-            given[-1] = self._planner.reader.check_root(given[-1], f"rank {self.rank}: {name}")
+        kind = self._read_kind(code)
+        context.object_calls += 1
+        if context.stage or context.object_calls >= SET_UP_CALLS:
+            self._prepare(name)
+        if "root" in form.arguments:
+            root = self._planner.reader.check_root(root, f"rank {self.rank}: {name}")
+        fingerprint = describe_objects(name, form, op, root)
         with table.entered:
-            table.enter(announce(table, name, places, given))
-            if waiting == ALL or (waiting == ROOT and given[-1] == self.rank):
+            table.enter(table.announce(fingerprint))
+            if form.synchronises:
                 table.wait()
-            result = native(self, *args, **named)
+            result = run(self, root, args, named)
+        if kind:
+            made = NativeCall(fingerprint.word, (0, 0), form.synchronises)
+            self.plans.entry.insert(kind, made, recorder().intern(name))
         return result
+
+    def run(self: Any, root: int | None, args: Any, named: Any) -> Any:
+        table = self.context.consistency
+        if table and form.recv_at_root and root == self.rank:  # who waits for all in MPI as well
+            table.wait()
+        return native(self, *args, **named)
 
     return method
 
 
-def announce(table: Any, name: str, places: dict[str, int], given: list[Any]) -> int:
-    """The digest of a lower-case call; its text is written once."""
-    values = dict(zip(places, given, strict=True))
-    op, root = values.get("op"), values.get("root")
-    mark = op.handle if isinstance(op, MPI.Op) else op is None
-    key = (name, mark, root)
-    digest: int | None = table.known_calls.get(key)
-    if digest is None:
-        op_name = operations.name_of(op) if isinstance(op, MPI.Op) else "sum" if op is None else "a function"
-        of = str(root) if "root" in places else ""
-        digest = table.known_calls[key] = table.announce(Fingerprint(name, op_name if "op" in places else "", root=of))
-    return digest
+def describe_objects(name: str, form: Signature, op: Any, root: Any) -> Fingerprint:
+    """The fingerprint of a lower-case collective."""
+    reduction = operations.name_of(op) if isinstance(op, MPI.Op) else "a function"
+    called = {"op": reduction, "root": str(root)}
+    return Fingerprint(name, **{each: called[each] for each in form.arguments})
 
 
 class ObjectCalls:

@@ -61,6 +61,23 @@ def test_a_rank_that_is_on_its_way_to_the_barrier_of_the_same_call_is_not_elsewh
         first.check_stall(SUM.word, 5.0, lambda: [1])
 
 
+@pytest.mark.parametrize("calls", [1, 2 * consistency.CALLS])
+def test_a_rank_that_has_made_other_calls_before_one_in_shared_memory_is_out_of_step(
+    node: MakeTables, calls: int
+) -> None:
+    """It has left them, and comes to the call in which others wait: their order is different."""
+    here, there = node(2)
+    for _ in range(calls):
+        there.enter(there.announce(SUM._replace(collective="Gather")))
+        there.leave()
+    here.announce(SUM)
+    here.check_stall(SUM.word, 0.5, lambda: [1])
+    other = r"Gather\(sum, 8 float32\)" if calls == 1 else "something else"
+    with pytest.raises(MismatchError, match=rf"rank 0 called Allreduce\(sum, 8 float32\), rank 1 called {other}"):
+        here.check_stall(SUM.word, 5.0, lambda: [1])
+    here.check_stall(SUM.word, 5.0, lambda: [])  # it has come meanwhile
+
+
 @pytest.mark.parametrize(
     ("changed", "remedy"),
     [

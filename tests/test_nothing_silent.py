@@ -379,7 +379,11 @@ def test_what_a_view_needs_is_freed_with_its_array(comm: Communicator) -> None:
     for _ in range(20):
         make_view()
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    counts = []
+    while not counts or (counts[-1] > before and len(counts) < 20):  # the watchdog opens files for a moment
+        counts.append(len(os.listdir("/proc/self/fd")))
+        time.sleep(0.01)
+    assert min(counts) <= before
 
 
 @pytest.mark.mpi(sizes=(1, 2))

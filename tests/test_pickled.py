@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm import ArgumentError, Communicator, MismatchError
+from hpccomm import ArgumentError, Communicator, MismatchError, pickled
+from hpccomm.calls.entry import COLLECTIVES
 
 pytestmark = pytest.mark.mpi(sizes=(1, 2, 3))
 
@@ -144,3 +146,76 @@ def test_ranks_that_call_different_methods_are_named(auto: Communicator) -> None
         call(3)
     with pytest.raises(MismatchError, match=r"called (SUM|MAX)"):
         auto.allreduce(3, MPI.MAX if auto.rank == 1 else MPI.SUM)
+
+
+def call_objects(comm: Communicator, root: int) -> dict[str, Any]:
+    """What every lower-case collective gives, by its name."""
+    rank, size = comm.rank, comm.size
+    return {
+        "allgather": comm.allgather(rank),
+        "allreduce": comm.allreduce((rank,)),
+        "alltoall": comm.alltoall([(rank, k) for k in range(size)]),
+        "bcast": comm.bcast([rank], root),
+        "exscan": comm.exscan(rank + 1, op=MPI.MAX),
+        "gather": comm.gather(rank, root=root),
+        "reduce": comm.reduce(rank + 1, MPI.PROD, root),
+        "scan": comm.scan(str(rank)),
+        "scatter": comm.scatter([str(k) for k in range(size)] if rank == root else None, root=root),
+    }
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("first", ["arrays", "objects"])
+def test_the_entry_compares_the_calls_of_objects(comm: Communicator, first: str) -> None:
+    """From the first collective of arrays on; where a program has none, after some calls."""
+    ours, root = Communicator(comm.Dup()), comm.size - 1
+    rank, size = ours.rank, ours.size
+    if first == "arrays":
+        ours.Allreduce(np.ones(2), np.empty(2))
+    want = call_objects(ours, root)
+    assert want["allgather"] == list(range(size))
+    assert want["allreduce"] == tuple(range(size))
+    assert want["alltoall"] == [(k, rank) for k in range(size)]
+    assert want["bcast"] == [root]
+    assert want["exscan"] == (rank or None)
+    assert want["gather"] == (list(range(size)) if rank == root else None)
+    assert want["reduce"] == (math.factorial(size) if rank == root else None)
+    assert want["scan"] == "".join(map(str, range(rank + 1)))
+    assert want["scatter"] == str(rank)
+    for _ in range(pickled.SET_UP_CALLS // len(want) + 2 if first == "objects" else 2):
+        assert call_objects(ours, root) == want
+    entry = ours.plans.entry
+    if entry is not None:  # else shared memory runs without compiled functions here
+        rows = {COLLECTIVES[key.kind & 0xFF] for key, _ in entry._keys}
+        assert rows >= {f"{name}_object" for name in want}
+    assert ours.allreduce([rank], op=lambda a, b: a + b) == list(range(size))
+
+
+@pytest.mark.mpi(sizes=(2,))  # of three ranks one would wait for ever for a message of MPI, and the watchdog end it
+@pytest.mark.parametrize("calls", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("mistake", "sentence"),
+    [
+        (lambda comm, odd: comm.bcast(1, root=int(odd)), r"bcast\(root=0\).*rank 1 called bcast\(root=1\)"),
+        (lambda comm, odd: comm.allreduce(1, MPI.MAX if odd else MPI.SUM), r"allreduce\(sum\).*allreduce\(max\)"),
+        (lambda comm, odd: comm.scan(1) if odd else comm.alltoall([0] * comm.size), r"alltoall\(\).*scan\(sum\)"),
+        (lambda comm, odd: comm.gather(1) if odd else comm.Barrier(), r"Barrier\(\).*gather\(root=0\)"),
+        (lambda comm, odd: comm.allgather(1) if odd else comm.Allgather(np.ones(1), np.ones(comm.size)), "allgather"),
+    ],
+)
+def test_mistakes_of_calls_of_objects_are_named(comm: Communicator, calls: int, mistake: Any, sentence: str) -> None:
+    """By the Python path, and by the entry after calls of each kind."""
+    ours = Communicator(comm.Dup())
+    ours.Barrier()
+    for _ in range(calls):
+        call_objects(ours, 0)
+        call_objects(ours, 1)
+        ours.allreduce(1, MPI.MAX)
+        ours.Allgather(np.ones(1), np.ones(ours.size))
+    failed = ""
+    try:
+        mistake(ours, ours.rank == 1)
+    except MismatchError as error:
+        failed = str(error)
+    told = comm.allgather(failed)
+    assert any(re.search(sentence, each) for each in told), told

@@ -342,7 +342,7 @@ def test_every_call_is_recorded_whoever_takes_it(comm: Communicator) -> None:
     assert [each.call - before for each in found] == list(range(1, 1 + 4 * len(calls)))
     assert [each.nbytes for each in found] == [nbytes for _, nbytes in calls.values() for _ in range(4)]
     assert all(0 < each.begin <= each.end for each in found)
-    assert recorder().ring.running() == []
+    assert not [each for each in recorder().ring.running() if each.comm == number]
     comm.Free()
 
 

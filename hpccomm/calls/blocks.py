@@ -73,6 +73,23 @@ SIGNATURES = {
 }
 """All collectives; those without a family only MPI runs."""
 
+OBJECT_SIGNATURES = {
+    "allgather": Signature(NONE, NONE, (), synchronises=True),
+    "allreduce": Signature(NONE, NONE, ("op",), synchronises=True),
+    "alltoall": Signature(NONE, NONE, (), synchronises=True),
+    "bcast": Signature(NONE, NONE, ("root",)),
+    "exscan": Signature(NONE, NONE, ("op",), synchronises=True),
+    "gather": Signature(NONE, NONE, ("root",), recv_at_root=True),
+    "reduce": Signature(NONE, NONE, ("op", "root"), synchronises=True),
+    "scan": Signature(NONE, NONE, ("op",), synchronises=True),
+    "scatter": Signature(NONE, NONE, ("root",)),
+}
+"""mpi4py's collectives of objects, of which the ranks compare the arguments after the object.
+
+mpi4py holds the interpreter while it reduces objects, and the watchdog could not tell that a rank never comes, so
+before a reduction all ranks wait for each other.
+"""
+
 
 class Amounts(NamedTuple):
     """Bytes that one rank sends to each rank, and receives from each, or ``NOT_COMPARED``."""

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,8 +101,6 @@ class ConsistencyTable:
         self._peers = [k * self._stride for k, rank in enumerate(members) if rank != me]
         self._others = [rank for rank in members if rank != me]
         self._fingerprints: dict[int, Fingerprint] = {}
-        self.known_calls: dict[Hashable, int] = {}
-        """The digests of calls that are announced once."""
         self._compatible: set[tuple[int, int]] = set()
         self.progress: Callable[[], Any] = lambda: None
         """Lets MPI make progress with pending messages."""
@@ -432,22 +430,25 @@ class ConsistencyTable:
 
         ``word`` is that of the call's fingerprint.  A member that is found elsewhere may have entered and left this
         call since it was missing, so ``find_missing`` is asked again.  One that has entered the same call in the table
-        is on its way to the barrier there, which takes long on a busy machine.
+        is on its way to the barrier there, which takes long on a busy machine.  One that has already left a call in the
+        table that this rank has not made is out of step.
         """
         positions = find_missing()
         words, number = self._words, self.active_seq or self._seq + 1
+        behind = self.active_seq == 0
         call, digest = self.look_up_call(self._me, word), word & DIGEST_MASK
         for position in positions:
             rank, row = self.members[position], position * self._stride
-            entered = words[row + STATUS] == number and seconds > MEETING_SECONDS
+            ahead = behind and abs(words[row + STATUS]) >= number
+            entered = (ahead or words[row + STATUS] == number) and seconds > MEETING_SECONDS
             other = self.find_call(row, number) if entered else None
             if other is not None and other == call:
                 continue
-            if (other or words[row + LEFT]) and position in find_missing():
+            if (other or (ahead and entered) or words[row + LEFT]) and position in find_missing():
                 if call:
                     self.announce(call)
                 words[self._base + GAVE_UP] = (number - 1 << DIGEST_BITS) | digest
-                different = mismatch_message({self._me: call, rank: other}, self._me) if other else ""
+                different = mismatch_message({self._me: call, rank: other}, self._me) if entered else ""
                 raise MismatchError(different or self.explain_departure(rank, call))
         reason = self.explain_issue_after(call) if seconds > MEETING_SECONDS else None
         if reason:

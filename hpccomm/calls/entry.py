@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.calls.blocks import EQUAL, NONE, ONE, PARTS, SIGNATURES, Amounts, Signature
+from hpccomm.calls.blocks import EQUAL, NONE, OBJECT_SIGNATURES, ONE, PARTS, SIGNATURES, Amounts, Signature
 from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.consistency import EnteredCall
 from hpccomm.calls.fingerprint import template_digest
@@ -114,6 +114,15 @@ class Doors:
     alltoallv: Door
     gatherv: Door
     scatterv: Door
+    allgather_object: Door
+    allreduce_object: Door
+    alltoall_object: Door
+    bcast_object: Door
+    exscan_object: Door
+    gather_object: Door
+    reduce_object: Door
+    scan_object: Door
+    scatter_object: Door
 
     def __init__(self) -> None:
         self.close()
@@ -125,7 +134,10 @@ class Doors:
 
 
 COLLECTIVES = tuple(Doors.__annotations__)
-FORMS = {name.lower(): form for name, form in SIGNATURES.items() if name.lower() in COLLECTIVES}
+FORMS = {
+    **{name.lower(): form for name, form in SIGNATURES.items() if name.lower() in COLLECTIVES},
+    **{f"{name}_object": form for name, form in OBJECT_SIGNATURES.items()},
+}
 INHERITED = tuple(name for name, form in FORMS.items() if not form.family)
 """Collectives that only MPI runs."""
 ONE_BLOCK = tuple(name for name in INHERITED if FORMS[name].blockwise)
@@ -145,7 +157,7 @@ def read_facts(form: Signature, p: int) -> dict[str, int]:
     counts_given, gathers = "recvcounts" in form.arguments, form.family == "allgather"
     in_place = blocks[form.recv] if form.send == ONE and not counts_given else 0
     uneven = SENT_UNEVEN * (form.send == PARTS) | RECEIVED_UNEVEN * (form.recv == PARTS) | COUNTS_GIVEN * counts_given
-    sent_at_root = form.send == NONE and "root" in form.arguments
+    sent_at_root = form.send == NONE != form.recv and "root" in form.arguments
     return {
         "send_blocks": blocks[form.send],
         "recv_blocks": blocks[form.recv],
@@ -274,19 +286,20 @@ class Entry:
             at = (at + 1) & mask
         fill(self._rows[at : at + 1], **values)
 
-    def run_native(self, code: int, native: Callable[..., Any], *arguments: Any) -> None:
+    def run_native(self, code: int, native: Callable[..., Any], *arguments: Any) -> Any:
         """Run MPI's own collective for a call whose door has returned ``code``, and compare the ranks' calls."""
         if code & ~NATIVE_IN_PLACE == INTERRUPTED:
             self.check_interrupted()
         try:
             if self._table is None:
-                native(*arguments)
+                result = native(*arguments)
                 self._leave()
-                return
+                return result
             with self._entered:
                 if code & ~NATIVE_IN_PLACE != NATIVE:
                     self._settle(code & ~NATIVE_IN_PLACE)
-                native(*arguments)
+                result = native(*arguments)
+            return result
         except BaseException:
             self._end_event()
             raise
@@ -328,6 +341,7 @@ class Entry:
                 "handler, __del__ or a thread: let it wait for the end of that one, or use another communicator"
             )
         if self._pending.value:
+            self._end_event()
             for each in filter(None, (self._memory, self._table)):
                 each.abandon()
             raise TransportError(

@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from hpccomm.calls.entry import COLLECTIVES
+from hpccomm.calls.blocks import OBJECT_SIGNATURES, SIGNATURES
 from hpccomm.errors import ArgumentError
-from hpccomm.pickled import COMPARED
 
-METHODS = (*map(str.capitalize, COLLECTIVES), "Alltoallw", "Allreduce_view", *COMPARED, "barrier")
+METHODS = (*SIGNATURES, "Allreduce_view", *OBJECT_SIGNATURES, "barrier")
 """The methods whose calls are counted."""
 
 Call = Callable[[], Any]
