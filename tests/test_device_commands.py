@@ -113,7 +113,7 @@ def test_without_a_device_bench_says_so_once() -> None:
     done = run_under_mpi(2, "-m", "hpccomm", "bench", "allreduce", "-d", "cuda", timeout=60)
     if not cuda.unavailable_reason():
         pytest.skip("there is a device on this machine")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("hpccomm bench: -d cuda needs a device, rank 0 has none") == 1
     assert "leave -d out to measure host memory" in done.stderr

