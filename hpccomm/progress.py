@@ -212,7 +212,8 @@ def submit(
     likes, and which no other thread uses; the function must not call ``comm``.  The future has ``wait()``, which sleeps
     until the function has returned and gives its result or raises its exception, and ``done()``.  ``function`` and
     what it refers to are kept alive until then; arrays must not be changed before.  ``text`` names the call in errors;
-    ``nbytes`` are the bytes of its array, for timelines.  ``wrap`` turns the future into what is returned, before the call begins.
+    ``nbytes`` are the bytes of its array, for timelines.  ``wrap`` turns the future into what is returned, before the
+    call begins.
 
     A blocking call on ``comm`` waits for all submitted functions.  Where no thread may call MPI (:func:`has_thread`),
     on a single rank, and with ``here``, the function runs at once, on ``comm`` itself.

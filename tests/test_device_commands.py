@@ -164,6 +164,7 @@ def test_info_names_the_device_and_its_transports(device: FakeDevice, monkeypatc
 
 def test_one_rank_without_a_device_is_named() -> None:
     comm: Any = SimpleNamespace(size=2, rank=0, allgather=lambda mine: ["", NONE])
+    comm.private_comm = comm
     assert info.gpu(comm) == {"device": f"none on rank 1: {NONE}"}
     comm.context = SimpleNamespace(node=SimpleNamespace(rank=0))
     with pytest.raises(ArgumentError, match="flag needs a device, rank 1 has none"):

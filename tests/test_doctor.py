@@ -129,7 +129,13 @@ FAULTS = [
     Fault("tuning", "fault", "no tuning table", "hpccomm tune", write("table.json", "{")),
     Fault("tuning", "note", "none for this machine", "hpccomm tune", variables={"HPCCOMM_TUNING": ""}),
     Fault("tuning", "note", "own algorithms", "unset HPCCOMM_TUNING", variables={"HPCCOMM_TUNING": "off"}),
-    Fault("compiled functions", "note", f"1 of {len(doctor.objects.EMITTED)} functions not compiled", "hpccomm warm", parts=UNCOMPILED),
+    Fault(
+        "compiled functions",
+        "note",
+        f"1 of {len(doctor.objects.EMITTED)} functions not compiled",
+        "hpccomm warm",
+        parts=UNCOMPILED,
+    ),
     Fault("compiled functions", "fault", "no folder", "HPCCOMM_CACHE", parts=UNCOMPILED | {"writable_folder": list}),
     Fault(
         "Slurm",

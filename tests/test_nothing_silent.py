@@ -420,7 +420,10 @@ def run_job(ranks: int, body: str, seconds: float = 90.0) -> tuple[int, str]:
             'comm.Allreduce(x, np.empty(4), MPI.MAX if odd else MPI.SUM, algorithm="shared")',
             "ranks 0, 2 called Allreduce(sum, 4 float64, algorithm=shared), rank 1 called Allreduce(max, 4 float64",
         ),
-        ("comm.Bcast(x) if odd else comm.Allreduce(x, np.empty(4))", "ranks 0, 2 called Allreduce, rank 1 called Bcast:"),
+        (
+            "comm.Bcast(x) if odd else comm.Allreduce(x, np.empty(4))",
+            "ranks 0, 2 called Allreduce, rank 1 called Bcast:",
+        ),
         (
             "comm.Iallreduce(x, np.empty(4), MPI.MAX if odd else MPI.SUM).Wait()",
             "ranks 0, 2 called Iallreduce(sum, 4 float64), rank 1 called Iallreduce(max, 4 float64)",

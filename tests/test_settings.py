@@ -139,7 +139,12 @@ comm = hpccomm.Communicator(MPI.COMM_WORLD)
     ("mistake", "before", "setting", "lines"),
     [
         ("comm.Bcast(np.ones(1), 3)", "", "short", ["[hpccomm] rank 0: Bcast: root 3", "[hpccomm] ArgumentError in "]),
-        ("comm.Ibcast(np.ones(1), 3)", "", "short", ["[hpccomm] rank 0: Ibcast: root 3", "[hpccomm] ArgumentError in "]),
+        (
+            "comm.Ibcast(np.ones(1), 3)",
+            "",
+            "short",
+            ["[hpccomm] rank 0: Ibcast: root 3", "[hpccomm] ArgumentError in "],
+        ),
         ("comm.Bcast(np.ones(1), 3)", "", "full", ["Traceback"]),
         ("comm.Bcast(np.ones(1), 3)", "sys.excepthook = lambda *_: print('own', file=sys.stderr)", "short", ["own"]),
         ("1 / 0", "", "short", ["Traceback"]),

@@ -283,6 +283,7 @@ def test_sizes_are_grouped_and_zero_is_its_own_group() -> None:
     sizes = (0, 1, 4, 15, 16)
     calls = [report.Slice(0, "Allreduce", "collective", float(k), 0.5, n, -1) for k, n in enumerate(sizes)]
     text = report.size_table(calls)
-    assert [text.count(f"<td>{each}</td>") for each in ("not known: objects, or no data", "from 1 B", "from 4 B", "from 16 B")] == [
-        1
-    ] * 4
+    assert [
+        text.count(f"<td>{each}</td>")
+        for each in ("not known: objects, or no data", "from 1 B", "from 4 B", "from 16 B")
+    ] == [1] * 4

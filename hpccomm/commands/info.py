@@ -223,7 +223,7 @@ def gpu(comm: Any) -> dict[str, str]:
     from hpccomm.errors import HpccommError
     from hpccomm.transports import cuda
 
-    missing = [(rank, why) for rank, why in enumerate(comm.allgather(cuda.unavailable_reason())) if why]
+    missing = [(rank, why) for rank, why in enumerate(comm.private_comm.allgather(cuda.unavailable_reason())) if why]
     if missing:
         rank, why = missing[0]
         return {"device": f"none: {why}" if len(missing) == comm.size else f"none on rank {rank}: {why}"}

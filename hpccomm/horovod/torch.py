@@ -228,7 +228,9 @@ def broadcast(tensor: Any, root_rank: int, name: str | None = None) -> Any:
 
 def broadcast_async(tensor: Any, root_rank: int, name: str | None = None) -> Handle:
     """:func:`broadcast` beside the program."""
-    return Handle(lambda comm: functional.broadcast(tensor.detach(), root_rank, comm), f"broadcast({name or ''})", tensor)
+    return Handle(
+        lambda comm: functional.broadcast(tensor.detach(), root_rank, comm), f"broadcast({name or ''})", tensor
+    )
 
 
 def broadcast_(tensor: Any, root_rank: int, name: str | None = None) -> Any:
