@@ -192,7 +192,7 @@ def test_results_that_cannot_be_written_are_refused_before_the_first_measurement
         ("predict allreduce --rate fast", "'fast' is no rate: write 100gbit or 12.5GB"),
         ("predict allreduce --density much", "--density 'much': give a number"),
         ("slurm init --out {}/no/job", "does not exist: create it or name another file"),
-        ("slurm init --out {} --force", "give a file, not a folder"),
+        ("slurm init --out {} --force", "this is a folder: name a file"),
         ("slurm init --nodes none", "--nodes"),
         ("slurm", "missing: action (hpccomm slurm --help)"),
         ("stacks 999999999", "belongs to no job of yours"),

@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import hpccomm
+from hpccomm.arguments import Parser
 from hpccomm.errors import ArgumentError
 from hpccomm.launcher import read_launch_size
 from hpccomm.performance import probe
@@ -305,7 +306,7 @@ def draw(lines: Sequence[Line], collective: str, out: str) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    made = argparse.ArgumentParser(prog="hpccomm bench compare", description=(__doc__ or "").partition("\n\n")[0])
+    made = Parser(prog="hpccomm bench compare", description=(__doc__ or "").partition("\n\n")[0])
     add = made.add_argument
     add("collective", nargs="?", default="allreduce", choices=sorted(CROSSINGS), help="default allreduce")
     add("-n", "--ranks", type=int, default=2, help="ranks on this machine (default 2)")

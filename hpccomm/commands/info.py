@@ -174,7 +174,7 @@ CACHES = {"l1": "L1", "l2": "L2", "l3": "last-level cache"}
 def machine(comm: Any) -> dict[str, str]:
     """What was probed of the cores of rank 0's node, and how shared memory moves bytes there (collective)."""
     from hpccomm.performance import probe
-    from hpccomm.performance.machine import DEFAULTS
+    from hpccomm.performance.machine import DEFAULTS, NEVER
 
     cores = sorted(set().union(*comm.context.node.allgather(os.sched_getaffinity(0))))
     found, memory = probe.load(cores), comm.context.node_memory
@@ -186,7 +186,7 @@ def machine(comm: Any) -> dict[str, str]:
     used = memory.parameters
     changed = {name: value for name, value in used._asdict().items() if value != getattr(DEFAULTS, name)}
     changed.pop("source", None)
-    words = ", ".join(f"{name}={value}" for name, value in changed.items()) or "those of the reference machine"
+    words = ", ".join(f"{name}={'never' if value == NEVER else value}" for name, value in changed.items()) or "those of the reference machine"
     single_copy = "permitted between the ranks of this node" if memory.reaches else "refused by the system"
     barriers = "each rank polls all others" if memory.size <= used.flat_ranks else "along a tree"
     return rows | {"parameters": f"{words}; from {used.source}", "single-copy": single_copy, "barriers": barriers}
