@@ -822,7 +822,9 @@ def install_abort_hook() -> None:
             return previous(kind, error, trace)
         if alone:
             lines = describe_error("", error, trace)
-            return write_lines(lines) if lines else previous(kind, error, trace)
+            if lines:
+                return write_lines(lines)
+            return previous(kind, error, trace)
         try:
             if previous is not sys.__excepthook__:
                 previous(kind, error, trace)

@@ -284,7 +284,7 @@ def test_stacks_shows_all_ranks_of_a_running_job(capsys: pytest.CaptureFixture[s
 
 def test_stacks_refuses_a_process_of_no_job(capsys: pytest.CaptureFixture[str]) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        assert main(["stacks", str(process.pid)]) == 1
+        assert main(["stacks", str(process.pid)]) == 2
         process.send_signal(signal.SIGKILL)
     assert "pass that of a rank" in capsys.readouterr().err
 

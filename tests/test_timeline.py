@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from hpccomm import Communicator
 from hpccomm.__main__ import main
-from hpccomm.errors import ArgumentError, LaunchError
+from hpccomm.errors import ArgumentError
 from hpccomm.launcher import trace_into
 from hpccomm.observe import report
 from hpccomm.observe.flight_recorder import Event, Recorder, count_bytes
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_start(tmp_path: Pat
     assert trace_into(None) == {}
     assert trace_into(tmp_path / "x.json") == {"HPCCOMM_TIMELINE": str(tmp_path / "x.json")}
     for path in (tmp_path / "no" / "x.json", tmp_path):
-        with pytest.raises(LaunchError, match="name a file in a folder that exists"):
+        with pytest.raises(ArgumentError, match="name a file in a folder that exists"):
             trace_into(path)
 
 

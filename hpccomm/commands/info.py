@@ -186,7 +186,10 @@ def machine(comm: Any) -> dict[str, str]:
     used = memory.parameters
     changed = {name: value for name, value in used._asdict().items() if value != getattr(DEFAULTS, name)}
     changed.pop("source", None)
-    words = ", ".join(f"{name}={'never' if value == NEVER else value}" for name, value in changed.items()) or "those of the reference machine"
+    words = (
+        ", ".join(f"{name}={'never' if value == NEVER else value}" for name, value in changed.items())
+        or "those of the reference machine"
+    )
     single_copy = "permitted between the ranks of this node" if memory.reaches else "refused by the system"
     barriers = "each rank polls all others" if memory.size <= used.flat_ranks else "along a tree"
     return rows | {"parameters": f"{words}; from {used.source}", "single-copy": single_copy, "barriers": barriers}
