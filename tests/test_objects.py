@@ -214,6 +214,7 @@ def run_allreduce(tmp_path: Path, code: str = ALLREDUCE) -> list[str]:
     return run_program(tmp_path, code, 2, HPCCOMM_CACHE=str(tmp_path / "cache"), HPCCOMM_COMPILE="wait")
 
 
+@pytest.mark.slow
 def test_a_program_with_files_never_imports_the_compiler(tmp_path: Path) -> None:
     assert len(run_allreduce(tmp_path)) == 2
     assert run_allreduce(tmp_path) == ["True", "True"]

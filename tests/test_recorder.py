@@ -102,6 +102,7 @@ LEVELS = {
 """Communicators made from one of two nodes: label and rank where rank 3 of the world is."""
 
 
+@pytest.mark.slow
 def test_stalls_of_levels_and_derived_communicators_are_reported() -> None:
     makers = [maker for maker, _, _ in LEVELS.values()]
     status, said = run_job(

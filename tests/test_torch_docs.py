@@ -47,6 +47,7 @@ def test_the_example_trains(network: str, method: str, entry_point: dict[str, st
     assert f"{network} {method}:" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_in_horovods_spelling_trains(entry_point: dict[str, str], tmp_path: Path) -> None:
     program = [str(ROOT / "examples" / "horovod_digits.py"), "--epochs", "4", "--save", str(tmp_path / "model")]
     done = run_under_mpi(2, *program, "--fp16", timeout=200, environ=entry_point)

@@ -107,6 +107,7 @@ def test_a_mistake_ends_the_job_with_a_traceback(mistake: str, tmp_path: Path, e
         assert sentence in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_forked_process_ends_without_its_parents_calls(tmp_path: Path, entry_point: dict[str, str]) -> None:
     text = """
 import atexit, os, time
@@ -175,6 +176,7 @@ sys.stdout.write(f"sum {x[0]:g} of {dist.get_world_size()}\\n")
 """
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path: Path, entry_point: dict[str, str]) -> None:
     done = run_under_torchrun(write(tmp_path, TRAINING), entry_point, ranks=3)
     check_lines(done, ["sum 6 of 3"] * 3)
@@ -325,6 +327,7 @@ sys.stdout.write(f"{train(torch.float64, exact)} {train(torch.float32, dist.grou
 """
 
 
+@pytest.mark.slow
 def test_a_reproducible_training_ends_with_one_hash_on_1_2_and_4_ranks(
     tmp_path: Path, entry_point: dict[str, str]
 ) -> None:
@@ -351,6 +354,7 @@ TOO_EARLY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", TOO_EARLY)
 def test_what_comes_before_the_process_group_is_refused(what: str, tmp_path: Path, entry_point: dict[str, str]) -> None:
     text, sentences = TOO_EARLY[what]
