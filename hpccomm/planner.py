@@ -19,7 +19,7 @@ from hpccomm.backends.base import Backend
 from hpccomm.backends.native import why_not_native, why_too_many
 from hpccomm.backends.table import BACKENDS
 from hpccomm.calls import operations
-from hpccomm.calls.blocks import SIGNATURES, Amounts
+from hpccomm.calls.blocks import OBJECT_SIGNATURES, SIGNATURES, Amounts
 from hpccomm.calls.buffers import address_of
 from hpccomm.calls.call import Call
 from hpccomm.calls.consistency import MEETING_SECONDS
@@ -36,7 +36,7 @@ from hpccomm.observe.flight_recorder import recorder
 from hpccomm.performance.tuning import BLOCKWISE, Choice
 from hpccomm.settings import DEVICE_SETTING, ON_HOST
 
-SYNCHRONISING = frozenset(name for name, each in SIGNATURES.items() if each.synchronises)
+SYNCHRONISING = frozenset(name for name, each in (SIGNATURES | OBJECT_SIGNATURES).items() if each.synchronises)
 """Collectives that no rank leaves before all ranks have entered."""
 
 ALL_LENGTHS = (0, 1 << 62)
@@ -74,6 +74,8 @@ class Planner(Member):
     def open_doors(self) -> None:
         """Let the compiled entry take calls, where there is one."""
         context, memory, plans = self.context, self.shared_memory, self.comm.plans
+        if context.consistency:
+            context.consistency.settle()
         plans.stage = context.stage
         context.users.add(plans)
         if context.awaits_code or why_no_entry(self.size) or (memory and not memory.compiled):

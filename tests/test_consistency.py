@@ -13,7 +13,7 @@ from hpccomm.calls import consistency
 from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.consistency import ConsistencyTable
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
-from hpccomm.errors import MismatchError
+from hpccomm.errors import MismatchError, TransportError
 from hpccomm.kernels.entry.records import COUNTS, NOT_COMPARED
 
 SUM = Fingerprint("Allreduce", "sum", "8", "float32", "", "C", "")
@@ -59,6 +59,16 @@ def test_a_rank_that_is_on_its_way_to_the_barrier_of_the_same_call_is_not_elsewh
     second.begin(second.announce(SUM._replace(op="max")))
     with pytest.raises(MismatchError, match=r"rank 0 called Allreduce.sum, 8 float32., rank 1 called Allreduce.max"):
         first.check_stall(SUM.word, 5.0, lambda: [1])
+
+
+def test_a_rank_on_its_way_to_the_barrier_may_spell_the_call_differently(node: MakeTables) -> None:
+    """A derived datatype has no count that others could compare."""
+    first, second = node(2)
+    spelt = SUM._replace(count=UNKNOWN, order=UNKNOWN)
+    first.enter(first.announce(SUM))
+    second.begin(second.announce(spelt))
+    first.check_stall(SUM.word, 5.0, lambda: [1])
+    second.check_stall(spelt.word, 5.0, lambda: [0])
 
 
 @pytest.mark.parametrize("calls", [1, 2 * consistency.CALLS])
@@ -183,6 +193,62 @@ def test_a_rank_that_has_failed_in_a_call_and_left_has_not_completed_it(node: Ma
     assert here.deadlock_reason() is None
     gone.mark_left()
     assert "rank 0 has left the program, rank 1 waits in Allreduce" in str(here.deadlock_reason())
+
+
+class ObjectError(Exception):
+    pass
+
+
+def fail_in_call(table: ConsistencyTable, one_way: bool = False) -> None:
+    """A call that an exception of the program ends."""
+    with pytest.raises(ObjectError), table.entered:
+        table.enter(table.announce(SUM))
+        raise ObjectError
+    table.doubt(one_way)
+
+
+@pytest.mark.parametrize("one_way", [False, True])
+def test_ranks_that_an_exception_has_ended_in_one_call_are_in_step(node: MakeTables, one_way: bool) -> None:
+    tables = node(3)
+    for table in tables:
+        fail_in_call(table, one_way)
+    assert [make_call(table, SUM) for table in tables] == [""] * 3
+
+
+def test_a_rank_that_an_exception_has_ended_is_in_step_if_the_others_could_not_have_gone_on_without_it(
+    node: MakeTables,
+) -> None:
+    failed, other = node(2)
+    fail_in_call(failed)
+    make_call(other, SUM)
+    assert make_call(failed, SUM) == ""
+
+
+@pytest.mark.parametrize("other_rank", ["has completed a call in one direction", "is still in the call"])
+def test_a_rank_that_an_exception_has_ended_alone_is_out_of_step(
+    node: MakeTables, other_rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consistency, "LEAVE_SECONDS", 0.1)
+    failed, other = node(2)
+    fail_in_call(failed, one_way=True)
+    other.enter(other.announce(SUM))
+    if other_rank != "is still in the call":
+        other.leave()
+    for _ in range(2):
+        with pytest.raises(TransportError, match="out of step: free it and make a new one"):
+            make_call(failed, SUM)
+
+
+def test_a_rank_that_an_exception_has_ended_waits_for_the_others(node: MakeTables) -> None:
+    failed, other = node(2)
+    fail_in_call(failed)
+    late = threading.Timer(0.1, make_call, (other, SUM))
+    late.start()
+    assert make_call(failed, SUM) == ""
+    late.join()
+    fail_in_call(failed)
+    other.mark_left()
+    assert "rank 1 has left the program, rank 0 waits in Allreduce" in make_call(failed, SUM)
 
 
 def test_what_one_rank_sends_is_compared_with_what_the_other_receives(node: MakeTables) -> None:

@@ -44,7 +44,7 @@ from hpccomm.kernels.entry.records import (
     STATUS,
 )
 from hpccomm.observe.processes import find_process
-from hpccomm.transports.polling import pause
+from hpccomm.transports.polling import LONGEST_SECONDS, pause
 
 TEXTS = 64
 LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS, REFUSED, FAILED = (STATUS + k for k in range(1, 8))
@@ -57,8 +57,12 @@ FIRST_AMOUNTS = FIRST_ISSUE + 2 * CALLS
 ENTRY_MASK = (1 << DIGEST_BITS) - 1
 """The digest in an entry; the number of the call is above it."""
 
-TEXT_SECONDS = 1.0
-"""How long a rank that compares waits for the text of another rank's call, whose watchdog writes it."""
+TEXT_SECONDS = 5.0
+"""How long a rank that compares waits for the text of another rank's call, whose watchdog writes it as soon as the
+program's own C code lets go of Python's lock."""
+
+LEAVE_SECONDS = 5.0
+"""How long a rank that an exception has ended waits for another one that is still in the same call."""
 
 MEETING_SECONDS = 1.0
 """Seconds after which a rank that is in a call of MPI counts as one that will not come to this rank's barrier."""
@@ -114,6 +118,8 @@ class ConsistencyTable:
         """The last call of which this rank has said that another one refuses it."""
         self._raised: deque[int] = deque(maxlen=CALLS)
         """Calls that this rank has left by an error, which it has raised."""
+        self._doubt: tuple[int, bool] | None = None
+        """The call that :meth:`doubt` has noted."""
         self._writing = threading.Lock()
         """Held while a text is written, by a call or by the watchdog."""
         self._words[self._base + PROCESS] = os.getpid()
@@ -129,6 +135,11 @@ class ConsistencyTable:
     def _seq(self) -> int:
         """The number of the call that this rank is executing, or has executed last."""
         return abs(self._words[self._base + STATUS])
+
+    @property
+    def calls(self) -> int:
+        """How many calls this rank has entered: the same number on all ranks on entering one."""
+        return self._seq
 
     @property
     def active_seq(self) -> int:
@@ -184,6 +195,7 @@ class ConsistencyTable:
 
     def begin(self, digest: int, amounts: Amounts | None = None) -> None:
         """Enter a call without comparing it."""
+        self.settle()
         words, seq = self._words, self._seq + 1
         if amounts:
             self.write_amounts(seq, amounts)
@@ -195,6 +207,38 @@ class ConsistencyTable:
         """Leave a call; raise if another rank called something else."""
         self.compare_entries()
         self._words[self._base + STATUS] = -self._seq
+
+    def doubt(self, one_way: bool) -> None:
+        """Note that an exception of the program's own code has ended the last call of this rank.
+
+        ``one_way``: another rank may have completed it and sent what this one has not received.
+        """
+        self._doubt = self._seq, one_way
+
+    def settle(self) -> None:
+        """Raise if the ranks are out of step after a call that :meth:`doubt` has noted; wait until they have left it.
+
+        They are in step if all have failed in it, as by an object that cannot be pickled.  Also if this rank has failed
+        after all messages of a call that no other rank can complete without them.
+        """
+        if self._doubt is None:
+            return
+        (seq, one_way), began = self._doubt, time.monotonic()
+        for peer, rank in zip(self._peers, self._others, strict=True):
+            while self.count_left(peer) < seq:
+                pause(began, EAGER_SECONDS, 8)
+                self.progress()
+                if self._words[peer + LEFT]:
+                    raise MismatchError(self.explain_departure(rank, self.find_call(self._base, seq)))
+                if self._words[peer + STATUS] == seq and time.monotonic() - began > LEAVE_SECONDS:
+                    break
+        rows = {peer: self.count_left(peer) >= seq for peer in self._peers}
+        if not all(rows.values()) or (one_way and any(self._words[peer + FAILED] != seq for peer in rows)):
+            raise TransportError(
+                f"rank {self._me}: an exception has ended the last call before it was complete, so this communicator "
+                "is out of step: free it and make a new one"
+            )
+        self._doubt = None
 
     def miss_call(self) -> None:
         """Count a call that other members have entered, and that has failed because this one made another."""
@@ -321,7 +365,8 @@ class ConsistencyTable:
                 if found or row == self._base or time.monotonic() > until:
                     return found
                 self._words[self._base + WANTED] = template_of
-                time.sleep(TEXT_SECONDS / 500)
+                time.sleep(LONGEST_SECONDS)
+                self.write_wanted_texts()  # of this rank, for one that waits as well
         finally:
             self._words[self._base + WANTED] = 0
 
@@ -442,7 +487,7 @@ class ConsistencyTable:
             ahead = behind and abs(words[row + STATUS]) >= number
             entered = (ahead or words[row + STATUS] == number) and seconds > MEETING_SECONDS
             other = self.find_call(row, number) if entered else None
-            if other is not None and other == call:
+            if other is not None and call is not None and first_difference(call, other) is None:
                 continue
             if (other or (ahead and entered) or words[row + LEFT]) and position in find_missing():
                 if call:

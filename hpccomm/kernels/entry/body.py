@@ -266,7 +266,7 @@ def leave(self, arguments, count):
     code = compare_entries(entry)
     status = own_row(entry) + W * STATUS
     if code == NATIVE:
-        store(status, -load(status))
+        store(status, -abs(load(status)))  # a call inside this one has left as well
     return answer(entry, DONE if code == NATIVE else code)
 
 
