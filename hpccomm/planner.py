@@ -320,7 +320,7 @@ class Planner(Member):
         if table is None:
             return body
         lockstep = lockstep or self.in_lockstep
-        digest = table.announce(fingerprint)
+        word = table.announce(fingerprint)
         context, synchronises = self.context, fingerprint.collective in SYNCHRONISING
         meet: Run = table.wait
         if lockstep and self.shared_memory:
@@ -328,7 +328,7 @@ class Planner(Member):
 
         def run() -> None:
             with table.entered:
-                table.begin(digest, amounts)
+                table.begin(word, amounts)
                 table.compare_nodes(amounts)
                 if not (synchronises or lockstep):
                     table.compare_entries()

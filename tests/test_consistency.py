@@ -310,7 +310,7 @@ def test_a_rank_that_has_gone_on_writes_an_overwritten_text_again(node: MakeTabl
     call = Fingerprint("Bcast", "", "8", "float32", "1", "C", "")
     gone.begin(gone.announce(call))
     if by_template:  # as compiled code enters a call of which only the template was announced
-        gone._fingerprints.pop(call.digest)
+        gone._counted.pop(call.digest)
         gone._words[gone._base + COUNTS + 1] = 8
     gone.leave()
     for count in range(100, 100 + 20 * consistency.TEXTS):

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,6 +72,9 @@ EAGER_POLLS, EAGER_SECONDS = 20, 1e-4
 POLLS_PER_CHECK = 200
 """Polls between two checks whether that rank can still enter it."""
 
+COUNTED = 1024
+"""Fingerprints with a count that a rank knows by their digests alone."""
+
 REASON_BYTES = 512
 
 
@@ -105,6 +108,9 @@ class ConsistencyTable:
         self._peers = [k * self._stride for k, rank in enumerate(members) if rank != me]
         self._others = [rank for rank in members if rank != me]
         self._fingerprints: dict[int, Fingerprint] = {}
+        """By digest: those of calls without a count, and the templates of all others."""
+        self._counted: OrderedDict[int, Fingerprint] = OrderedDict()
+        """The last :data:`COUNTED` with a count, of which a program may use any number."""
         self._compatible: set[tuple[int, int]] = set()
         self.progress: Callable[[], Any] = lambda: None
         """Lets MPI make progress with pending messages."""
@@ -160,29 +166,33 @@ class ConsistencyTable:
         return {"entries": address, "row_bytes": 8 * self._stride, "amounts_at": 8 * FIRST_AMOUNTS, **rows}
 
     def announce(self, fingerprint: Fingerprint) -> int:
-        """Write the fingerprint of a future call; returns its digest for :meth:`enter`."""
+        """Write the fingerprint of a future call; returns its word for :meth:`enter`."""
         digest = fingerprint.digest
         if fingerprint.number:
             self.announce(fingerprint.template)
-        self._fingerprints[digest] = fingerprint
+            self._counted[digest] = fingerprint
+            if len(self._counted) > COUNTED:
+                self._counted.popitem(last=False)
+        else:
+            self._fingerprints[digest] = fingerprint
         start = 8 * (self._base + FIRST_TEXT + (digest % TEXTS) * TEXT_WORDS)
         if self._words[start // 8] != digest:  # never written, or overwritten by another call
             with self._writing:
                 self._words[start // 8] = 0
                 self._octets[start + 8 : start + 8 + TEXT_BYTES] = fingerprint.encode()
                 self._words[start // 8] = digest
-        return digest
+        return fingerprint.word
 
     def write_wanted_texts(self) -> None:
         """Write again what other calls of this rank have overwritten, and a member wants to read."""
         for peer in self._peers:
-            wanted = self._fingerprints.get(self._words[peer + WANTED])
+            wanted = self.find_fingerprint(self._base, self._words[peer + WANTED])
             if wanted:
                 self.announce(wanted)
 
-    def enter(self, digest: int, amounts: Amounts | None = None) -> None:
-        """Enter a call; raise if a rank that has entered before called something else."""
-        self.begin(digest, amounts)
+    def enter(self, word: int, amounts: Amounts | None = None) -> None:
+        """Enter the call whose fingerprint has this word; raise if a rank that has entered before made another one."""
+        self.begin(word, amounts)
         self.compare_nodes(amounts)
         self.compare_entries()
 
@@ -193,14 +203,14 @@ class ConsistencyTable:
             entry, call = self._words[self._base + seq % CALLS], self.find_call(self._base)
             self.between.compare(entry, call, amounts)
 
-    def begin(self, digest: int, amounts: Amounts | None = None) -> None:
+    def begin(self, word: int, amounts: Amounts | None = None) -> None:
         """Enter a call without comparing it."""
         self.settle()
         words, seq = self._words, self._seq + 1
         if amounts:
             self.write_amounts(seq, amounts)
-        words[self._base + COUNTS + seq % CALLS] = 0
-        words[self._base + seq % CALLS] = (seq << DIGEST_BITS) | digest
+        words[self._base + COUNTS + seq % CALLS] = word >> COUNT_SHIFT
+        words[self._base + seq % CALLS] = (seq << DIGEST_BITS) | (word & DIGEST_MASK)
         words[self._base + STATUS] = seq
 
     def leave(self) -> None:
@@ -372,7 +382,9 @@ class ConsistencyTable:
 
     def find_fingerprint(self, row: int, digest: int) -> Fingerprint | None:
         """A rank's fingerprint for a digest; that of this rank is never overwritten."""
-        return self._fingerprints.get(digest) if row == self._base else self.read_fingerprint(row, digest)
+        if row != self._base:
+            return self.read_fingerprint(row, digest)
+        return self._fingerprints.get(digest) or self._counted.get(digest)
 
     def read_fingerprint(self, row: int, digest: int) -> Fingerprint | None:
         """A rank's fingerprint for a digest, unless it has been overwritten."""
@@ -544,7 +556,7 @@ class ConsistencyTable:
         """Write a non-blocking call that this rank issues, after so many blocking ones; returns its number."""
         number = self._words[self._base + ISSUED] + 1
         at = self._base + FIRST_ISSUE + 2 * (number % CALLS)
-        self._words[at] = number << DIGEST_BITS | self.announce(fingerprint)
+        self._words[at] = number << DIGEST_BITS | (self.announce(fingerprint) & DIGEST_MASK)
         self._words[at + 1] = blocking_calls
         self._words[self._base + ISSUED] = number
         return number
@@ -580,7 +592,8 @@ class ConsistencyTable:
 
     def leave_step(self, call: Fingerprint | None) -> None:
         """Tell the other members that this call was made in another order."""
-        self._words[self._base + OUT_OF_STEP] = 1 << DIGEST_BITS | (self.announce(call) if call else 0)
+        digest = self.announce(call) & DIGEST_MASK if call else 0
+        self._words[self._base + OUT_OF_STEP] = 1 << DIGEST_BITS | digest
 
     def check_order(self, k: int, number: int, blocking_calls: int, call: Fingerprint) -> None:
         """Raise if member k has left, or has entered the next blocking call before this non-blocking one."""
