@@ -331,6 +331,7 @@ class Planner(Member):
                 table.begin(word, amounts)
                 table.compare_nodes(amounts)
                 if not (synchronises or lockstep):
+                    table.stay_in_reach(amounts)
                     table.compare_entries()
                 context.announce_code()
                 if lockstep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.consistency import ConsistencyTable
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.kernels.entry.records import COUNTS, NOT_COMPARED
+from hpccomm.kernels.entry.records import AMOUNT_CALLS, COUNTS, NOT_COMPARED
 
 SUM = Fingerprint("Allreduce", "sum", "8", "float32", "", "C", "")
 
@@ -348,12 +349,33 @@ def test_missing_ranks_are_those_that_have_not_entered(node: MakeTables) -> None
     assert tables[0].missing_ranks() == [1]
 
 
-def test_a_rank_far_ahead_is_not_compared(node: MakeTables) -> None:
+@pytest.mark.parametrize(("amounts", "reach"), [(None, consistency.CALLS), (Amounts((1, 1), (1, 1)), AMOUNT_CALLS)])
+def test_no_rank_leaves_the_reach_of_another_one(node: MakeTables, amounts: Amounts | None, reach: int) -> None:
+    """In calls that wait for nobody it stops before it would overwrite what the other one has to compare."""
     ahead, behind = node(2)
-    digest = ahead.announce(SUM)
-    for _ in range(consistency.CALLS + 3):
-        ahead.enter(digest)
-    behind.enter(behind.announce(SUM._replace(count="4")))
+    made: list[int] = []
+
+    def run_ahead() -> None:
+        for _ in range(3 * reach):
+            with ahead.entered:
+                ahead.enter(ahead.announce(ROOT_0), amounts)
+            made.append(1)
+
+    def follow(calls: int) -> None:
+        for _ in range(calls):
+            with behind.entered:
+                behind.enter(behind.announce(ROOT_0), amounts)
+
+    thread = threading.Thread(target=run_ahead)
+    thread.start()
+    time.sleep(0.2)
+    assert reach // 2 <= len(made) < reach
+    follow(reach - 1)
+    with pytest.raises(MismatchError, match="rank 1 called Bcast"), behind.entered:
+        behind.enter(behind.announce(ROOT_1), amounts)
+    follow(2 * reach)
+    thread.join(10)
+    assert len(made) == 3 * reach
 
 
 def test_a_fingerprint_can_be_decoded_and_its_digest_fits_a_tag() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -237,6 +238,26 @@ def test_mistakes_of_calls_of_objects_are_named(comm: Communicator, calls: int, 
         failed = str(error)
     told = comm.allgather(failed)
     assert any(re.search(sentence, each) for each in told), told
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_root_that_is_many_calls_ahead_is_compared_with_a_late_rank(comm: Communicator, calls: int) -> None:
+    """It waits before it overwrites what the other one has to compare."""
+    ours, ahead = Communicator(comm.Dup()), 200
+    ours.Barrier()
+    for _ in range(calls):
+        call_objects(ours, 0)
+        call_objects(ours, 1)
+    failed = ""
+    time.sleep(0.3 * ours.rank)
+    try:
+        for k in range(ahead):
+            assert ours.bcast(k, int(ours.rank == 1 and k == 3)) == k
+    except MismatchError as error:
+        failed = str(error)
+    told = comm.allgather(failed)
+    assert re.search(r"bcast\(root=0\), rank 1 called bcast\(root=1\)", told[1]), told
 
 
 @pytest.fixture(params=["mpi4py", "auto", "before the entry"])

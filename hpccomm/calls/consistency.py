@@ -194,6 +194,7 @@ class ConsistencyTable:
         """Enter the call whose fingerprint has this word; raise if a rank that has entered before made another one."""
         self.begin(word, amounts)
         self.compare_nodes(amounts)
+        self.stay_in_reach(amounts)
         self.compare_entries()
 
     def compare_nodes(self, amounts: Amounts | None = None) -> None:
@@ -202,6 +203,12 @@ class ConsistencyTable:
         if self.between and self.between.takes(seq):
             entry, call = self._words[self._base + seq % CALLS], self.find_call(self._base)
             self.between.compare(entry, call, amounts)
+
+    def stay_in_reach(self, amounts: Amounts | None = None) -> None:
+        """Wait for members that are so far behind that this rank would overwrite what they have to compare."""
+        seq, reach = self._seq, (AMOUNT_CALLS if amounts else CALLS) // 2
+        if seq % reach == 0 and any(abs(self._words[peer + STATUS]) < seq - reach for peer in self._peers):
+            self.wait()
 
     def begin(self, word: int, amounts: Amounts | None = None) -> None:
         """Enter a call without comparing it."""
@@ -316,7 +323,7 @@ class ConsistencyTable:
         """
         words, seq = self._words, self._seq
         slot = seq % CALLS
-        for peer in self._peers:
+        for peer, rank in zip(self._peers, self._others, strict=True):
             polls, began = 0, 0.0
             while words[peer + slot] >> DIGEST_BITS < seq:
                 polls += 1
@@ -326,6 +333,8 @@ class ConsistencyTable:
                     self.progress()
                 if polls % POLLS_PER_CHECK == 0:
                     self.raise_if_deadlocked()
+                    if time.monotonic() - began > MEETING_SECONDS:
+                        self.raise_if_refused(peer, rank)
         self.compare_entries()
 
     def announce_code(self) -> None:
@@ -441,7 +450,18 @@ class ConsistencyTable:
         if not new:
             return ""
         self._told = min(new)
-        calls, reason = self.list_calls(self._told), self.read_reason(found[self._told])
+        return self.explain_refusal(self._told, found[self._told])
+
+    def raise_if_refused(self, peer: int, rank: int) -> None:
+        """Raise if a rank has made no call since one that it refuses and this rank has completed."""
+        refused = self._words[peer + REFUSED]
+        alone = 0 < refused <= self.count_completed(self._base) and refused not in self._raised
+        if alone and refused == -self._words[peer + STATUS]:
+            raise MismatchError(self.explain_refusal(refused, rank))
+
+    def explain_refusal(self, seq: int, rank: int) -> str:
+        """The error sentence for a call that this rank has completed and another one refuses."""
+        calls, reason = self.list_calls(seq), self.read_reason(rank)
         known = [each for each in calls.values() if each]
         if self._me in calls and any(first_difference(known[0], each) for each in known):
             reason = mismatch_message(calls, self._me)
