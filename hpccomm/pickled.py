@@ -94,10 +94,10 @@ def compare_objects(name: str) -> Any:
             root = planner.reader.check_root(root, f"rank {self.rank}: {name}")
         if context.stage or (table.calls >= SET_UP_CALLS and context.has_all_tables):
             self._prepare(name)
-        fingerprint = describe_objects(name, form, op, root)
-        planner.guard(fingerprint, lambda: results.append(run(self, root, args, named)), form.synchronises)()
+        fingerprint, meets = describe_objects(name, form, op, root), form.synchronises or planner.in_lockstep
+        planner.guard(fingerprint, lambda: results.append(run(self, root, args, named)), meets)()
         if kind and self.plans.entry:
-            made = NativeCall(fingerprint.word, (0, 0), form.synchronises)
+            made = NativeCall(fingerprint.word, (0, 0), meets)
             self.plans.entry.insert(kind, made, recorder().intern(name))
         return results[0]
 

@@ -75,7 +75,7 @@ class Vectors:
 
     def sum_of(self, ranks: int) -> Callable[[int, int], Any]:
         """The sum of the vectors of the first ranks."""
-        return lambda first, count: sum((pattern(rank, first, count) for rank in range(1, ranks)), pattern(0, first, count))
+        return lambda first, count: np.sum([pattern(rank, first, count) for rank in range(ranks)], 0, np.int8)
 
     def check_blocks(self, got: Any, counts: list[int], places: list[int]) -> None:
         """Raise unless block q of what was received is of rank q, from this place of its vector on."""

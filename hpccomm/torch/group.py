@@ -26,8 +26,8 @@ from hpccomm.torch.tensors import Tensor
 from hpccomm.torch.works import DONE, NO_LIMIT, CallQueue, Work, complete_first
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
-"""Torch's default.  Calls of a group with a shorter one, and calls with a timeout of their own, end by an error after it.
-Synchronous ones then run on the group's thread as well, so that they can end."""
+"""Torch's default.  Calls of a group with a shorter one, and calls with one of their own, raise after it.  Synchronous
+ones then run on the group's thread as well, so that they can end."""
 
 
 TensorOrTensors: TypeAlias = Any
@@ -286,9 +286,7 @@ class Group(dist.ProcessGroup):
         outputs = as_list(outputs)
         return self._run("scatter", opts, lambda on: on.scatter(outputs[0], given, root), outputs, timeout)
 
-    def alltoall(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None, timeout: Any = None
-    ) -> Work:
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None, timeout: Any = None) -> Work:
         """Send a tensor to each rank, and receive one from each."""
         return self._run("all_to_all", opts, lambda on: on.alltoall(outputs, inputs), outputs, timeout)
 
