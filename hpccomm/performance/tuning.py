@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import log
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,20 +203,21 @@ class Table:
         """What :meth:`find_series` has found."""
         return {}
 
+    @cached_property
+    def _rows_of(self) -> dict[str, list[Row]]:
+        """The rows of the collectives that were asked for."""
+        return {}
+
     def series_of(self, key: tuple[str, str, str]) -> dict[Shape, Series]:
         """The rows of a (collective, datatype, memory) by shape and algorithm, of shapes with rows of native MPI."""
         found: dict[Shape, Series] = {}
-        for row in sorted(self._rows_of.get(key, ()), key=lambda row: row.bytes):
+        collective, dtype, memory = key
+        if collective not in self._rows_of:
+            self._rows_of[collective] = [row for row in self.rows if row.collective == collective]
+        rows = (row for row in self._rows_of[collective] if row.dtype == dtype and row.memory == memory)
+        for row in sorted(rows, key=attrgetter("bytes")):
             found.setdefault((row.nodes, row.per_node), {}).setdefault(row.algorithm, []).append(row)
         return {shape: series for shape, series in found.items() if "native" in series}
-
-    @cached_property
-    def _rows_of(self) -> dict[tuple[str, str, str], list[Row]]:
-        """The rows by (collective, datatype, memory)."""
-        found: dict[tuple[str, str, str], list[Row]] = {}
-        for row in self.rows:
-            found.setdefault((row.collective, row.dtype, row.memory), []).append(row)
-        return found
 
     def select_mpi(self, mpi: str) -> Table:
         """The rows of this MPI library, of any version; for collectives without such rows, those of all libraries."""
