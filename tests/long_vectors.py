@@ -58,7 +58,7 @@ class Vectors:
         self.counts = [self.each + 5 * (q - comm.size // 2) for q in range(comm.size)]
         self.seconds = 0.0
 
-    def made(self, n: int) -> Any:
+    def make(self, n: int) -> Any:
         """A vector to send."""
         return fill(np.empty(n, np.int8), self.rank)
 
@@ -87,14 +87,14 @@ class Vectors:
 
 def allreduce(on: Vectors, **named: Any) -> None:
     """The sum, in place."""
-    x = on.made(on.n)
+    x = on.make(on.n)
     on.time(on.comm.Allreduce, MPI.IN_PLACE, x, **named)
     check(x, on.sum_of(on.p))
 
 
 def reduce(on: Vectors, **named: Any) -> None:
     """The sum on the last rank."""
-    x, y = on.made(on.n), on.room(on.n) if on.rank == on.p - 1 else None
+    x, y = on.make(on.n), on.room(on.n) if on.rank == on.p - 1 else None
     on.time(on.comm.Reduce, x, y, root=on.p - 1, **named)
     if y is not None:
         check(y, on.sum_of(on.p))
@@ -102,28 +102,28 @@ def reduce(on: Vectors, **named: Any) -> None:
 
 def reduce_scatter_block(on: Vectors, **named: Any) -> None:
     """A block of the sum."""
-    x, y = on.made(on.each * on.p), on.room(on.each)
+    x, y = on.make(on.each * on.p), on.room(on.each)
     on.time(on.comm.Reduce_scatter_block, x, y, **named)
     check(y, on.sum_of(on.p), on.rank * on.each)
 
 
 def reduce_scatter(on: Vectors, **named: Any) -> None:
     """A block of any length of the sum."""
-    x, y = on.made(sum(on.counts)), on.room(on.counts[on.rank])
+    x, y = on.make(sum(on.counts)), on.room(on.counts[on.rank])
     on.time(on.comm.Reduce_scatter, x, y, on.counts, **named)
     check(y, on.sum_of(on.p), sum(on.counts[: on.rank]))
 
 
 def scan(on: Vectors) -> None:
     """The sum up to this rank."""
-    x, y = on.made(on.n), on.room(on.n)
+    x, y = on.make(on.n), on.room(on.n)
     on.time(on.comm.Scan, x, y)
     check(y, on.sum_of(on.rank + 1))
 
 
 def exscan(on: Vectors) -> None:
     """The sum below this rank."""
-    x, y = on.made(on.n), on.room(on.n)
+    x, y = on.make(on.n), on.room(on.n)
     on.time(on.comm.Exscan, x, y)
     if on.rank:
         check(y, on.sum_of(on.rank))
@@ -132,28 +132,28 @@ def exscan(on: Vectors) -> None:
 def bcast(on: Vectors, **named: Any) -> None:
     """From the last rank."""
     root = on.p - 1
-    x = on.made(on.n) if on.rank == root else on.room(on.n)
+    x = on.make(on.n) if on.rank == root else on.room(on.n)
     on.time(on.comm.Bcast, x, root, **named)
     check(x, lambda first, count: pattern(root, first, count))
 
 
 def allgather(on: Vectors, **named: Any) -> None:
     """n elements of all ranks together."""
-    x, y = on.made(on.each), on.room(on.each * on.p)
+    x, y = on.make(on.each), on.room(on.each * on.p)
     on.time(on.comm.Allgather, x, y, **named)
     on.check_blocks(y, [on.each] * on.p, [0] * on.p)
 
 
 def allgatherv(on: Vectors, **named: Any) -> None:
     """Blocks of any length."""
-    x, y = on.made(on.counts[on.rank]), on.room(sum(on.counts))
+    x, y = on.make(on.counts[on.rank]), on.room(sum(on.counts))
     on.time(on.comm.Allgatherv, x, [y, on.counts], **named)
     on.check_blocks(y, on.counts, [0] * on.p)
 
 
 def gather(on: Vectors) -> None:
     """On the last rank."""
-    x, y = on.made(on.each), on.room(on.each * on.p) if on.rank == on.p - 1 else None
+    x, y = on.make(on.each), on.room(on.each * on.p) if on.rank == on.p - 1 else None
     on.time(on.comm.Gather, x, y, on.p - 1)
     if y is not None:
         on.check_blocks(y, [on.each] * on.p, [0] * on.p)
@@ -161,7 +161,7 @@ def gather(on: Vectors) -> None:
 
 def gatherv(on: Vectors) -> None:
     """On the last rank, of any length."""
-    x, y = on.made(on.counts[on.rank]), on.room(sum(on.counts)) if on.rank == on.p - 1 else None
+    x, y = on.make(on.counts[on.rank]), on.room(sum(on.counts)) if on.rank == on.p - 1 else None
     on.time(on.comm.Gatherv, x, None if y is None else [y, on.counts], on.p - 1)
     if y is not None:
         on.check_blocks(y, on.counts, [0] * on.p)
@@ -170,7 +170,7 @@ def gatherv(on: Vectors) -> None:
 def scatter(on: Vectors) -> None:
     """From the last rank."""
     root = on.p - 1
-    x, y = on.made(on.each * on.p) if on.rank == root else None, on.room(on.each)
+    x, y = on.make(on.each * on.p) if on.rank == root else None, on.room(on.each)
     on.time(on.comm.Scatter, x, y, root)
     check(y, lambda first, count: pattern(root, first, count), on.rank * on.each)
 
@@ -178,14 +178,14 @@ def scatter(on: Vectors) -> None:
 def scatterv(on: Vectors) -> None:
     """From the last rank, of any length."""
     root = on.p - 1
-    x, y = [on.made(sum(on.counts)), on.counts] if on.rank == root else None, on.room(on.counts[on.rank])
+    x, y = [on.make(sum(on.counts)), on.counts] if on.rank == root else None, on.room(on.counts[on.rank])
     on.time(on.comm.Scatterv, x, y, root)
     check(y, lambda first, count: pattern(root, first, count), sum(on.counts[: on.rank]))
 
 
 def alltoall(on: Vectors, **named: Any) -> None:
     """n elements from every rank."""
-    x, y = on.made(on.each * on.p), on.room(on.each * on.p)
+    x, y = on.make(on.each * on.p), on.room(on.each * on.p)
     on.time(on.comm.Alltoall, x, y, **named)
     on.check_blocks(y, [on.each] * on.p, [on.rank * on.each] * on.p)
 
@@ -193,7 +193,7 @@ def alltoall(on: Vectors, **named: Any) -> None:
 def alltoallv(on: Vectors) -> None:
     """n elements from every rank, of which each gets another number."""
     mine = on.counts[on.rank]
-    x, y = on.made(sum(on.counts)), on.room(mine * on.p)
+    x, y = on.make(sum(on.counts)), on.room(mine * on.p)
     on.time(on.comm.Alltoallv, [x, on.counts], [y, [mine] * on.p])
     on.check_blocks(y, [mine] * on.p, [sum(on.counts[: on.rank])] * on.p)
 

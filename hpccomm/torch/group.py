@@ -158,7 +158,8 @@ class Group(dist.ProcessGroup):
         In torch's shorter forms of a call ``options`` are a time limit, or ``timeout`` is one.
         """
         asynchronous = getattr(options, "asyncOp", True)
-        own = options if isinstance(options, timedelta) else timeout or getattr(options, "timeout", NO_LIMIT)
+        given = options if isinstance(options, timedelta) else timeout or getattr(options, "timeout", None)
+        own = given or NO_LIMIT
         limit = own if own > NO_LIMIT else self._limit
         if not asynchronous and not limit and self._calls.enter():
             try:
