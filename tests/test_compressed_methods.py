@@ -583,6 +583,8 @@ def test_messages_of_any_lengths_are_exchanged() -> None:
         (lambda comm: feedback(hpccomm.none(), comm, reduce="max"), "one of 'mean', 'sum'"),
         (lambda comm: onebit_adam(comm, 0.1, 0), "a whole number, 1 or more"),
         (lambda comm: gtc(comm).init(np.zeros(3)), "float32"),
+        (lambda comm: dgc(comm, MATRIX).init(np.zeros(8)), r"^dgc: pass a flat contiguous float32 .* \(8,\)"),
+        (lambda comm: powersgd(comm, MATRIX).init(np.zeros(8)), r"^powersgd: pass a flat .* \(8,\)"),
         (lambda comm: gtc(comm).init(np.zeros((3, 3), "f4")), "flat contiguous"),
     ],
 )
