@@ -605,6 +605,8 @@ class Communicator(MPI.Intracomm):
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of equal length on ``root``."""
         code = self._doors.gather(sendbuf, recvbuf, None, root, None, None)
+        if code is None:
+            return None
         if code > MISS:
             return self._run_native(code, "Gather", sendbuf, recvbuf, root)
         return self._run_inherited("Gather", (sendbuf, recvbuf), root, None, code)
@@ -612,6 +614,8 @@ class Communicator(MPI.Intracomm):
     def Gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of any length on ``root``."""
         code = self._doors.gatherv(sendbuf, recvbuf, None, root, None, None)
+        if code is None:
+            return None
         if code > MISS:
             return self._run_native(code, "Gatherv", sendbuf, recvbuf, root)
         return self._run_inherited("Gatherv", (sendbuf, recvbuf), root, None, code)
@@ -619,6 +623,8 @@ class Communicator(MPI.Intracomm):
     def Scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of equal length of ``root``'s buffer."""
         code = self._doors.scatter(sendbuf, recvbuf, None, root, None, None)
+        if code is None:
+            return None
         if code > MISS:
             return self._run_native(code, "Scatter", sendbuf, recvbuf, root)
         return self._run_inherited("Scatter", (sendbuf, recvbuf), root, None, code)
@@ -626,6 +632,8 @@ class Communicator(MPI.Intracomm):
     def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of any length of ``root``'s buffer."""
         code = self._doors.scatterv(sendbuf, recvbuf, None, root, None, None)
+        if code is None:
+            return None
         if code > MISS:
             return self._run_native(code, "Scatterv", sendbuf, recvbuf, root)
         return self._run_inherited("Scatterv", (sendbuf, recvbuf), root, None, code)
@@ -633,6 +641,8 @@ class Communicator(MPI.Intracomm):
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Send a block of any length to every rank."""
         code = self._doors.alltoallv(sendbuf, recvbuf, None, None, None, None)
+        if code is None:
+            return None
         if code > MISS:
             return self._run_native(code, "Alltoallv", sendbuf, recvbuf)
         return self._run_inherited("Alltoallv", (sendbuf, recvbuf), None, None, code)
@@ -644,6 +654,8 @@ class Communicator(MPI.Intracomm):
     def Scan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str = MPI.SUM) -> None:
         """Reduce over the ranks up to this one."""
         code = self._doors.scan(sendbuf, recvbuf, op, None, None, None)
+        if code is None:
+            return None
         if code > MISS:
             return self._run_native(code, "Scan", sendbuf, recvbuf, op)
         return self._run_inherited("Scan", (sendbuf, recvbuf), None, op, code)
@@ -651,6 +663,8 @@ class Communicator(MPI.Intracomm):
     def Exscan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str = MPI.SUM) -> None:
         """Reduce over the ranks below this one."""
         code = self._doors.exscan(sendbuf, recvbuf, op, None, None, None)
+        if code is None:
+            return None
         if code > MISS:
             return self._run_native(code, "Exscan", sendbuf, recvbuf, op)
         return self._run_inherited("Exscan", (sendbuf, recvbuf), None, op, code)

@@ -24,6 +24,7 @@ from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.errors import HpccommError
 from hpccomm.kernels.entry.records import MISS, NOT_MINE
 from hpccomm.kernels.reductions.reference import PAIRS
+from hpccomm.transports.mpi import function_address
 
 FORMS = {
     "array": lambda x: x,
@@ -265,6 +266,61 @@ def test_a_kind_that_was_seen_is_taken_by_its_door(ours: Communicator) -> None:
         ours.Barrier()
     rows = {COLLECTIVES[key.kind & 0xFF] for key, _ in ours.plans.entry._keys}
     assert rows == set(COLLECTIVES) - set(calls_entry.INHERITED) - {"allgatherv", "reduce_scatter"}
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_compiled_code_calls_mpis_functions(ours: Communicator) -> None:
+    """Doors of collectives that only MPI has, and of those for which it was named, leave nothing to Python."""
+    entry = ours.plans.entry
+    if entry is None or not function_address("MPI_Gather"):
+        pytest.skip(calls_entry.why_no_entry(ours.size) or "MPI's functions are not found here")
+    p, r = ours.size, ours.rank
+    counts, root = [k + 1 for k in range(p)], r == 1
+    one, many, mine = np.full(3, r + 1.0), np.arange(3.0 * p), np.full(r + 1, float(r))
+    small, large, uneven, part = np.zeros(3), np.zeros(3 * p), np.zeros(sum(counts)), np.zeros(r + 1)
+    blocks = [np.arange(2.0 * p), [2] * p]
+    calls: dict[str, tuple[Any, ...]] = {
+        "gather": (one, large if root else None, None, 1),
+        "scatter": (many if root else None, small, None, 1),
+        "gatherv": (mine, [uneven, counts] if root else None, None, 1),
+        "scatterv": ([np.arange(sum(counts), dtype="f8"), counts] if root else None, part, None, 1),
+        "alltoallv": (blocks, [np.zeros(2 * p), [2] * p], None, None),
+        "scan": (one, small, MPI.SUM, None),
+        "exscan": (one, small, MPI.MAX, None),
+        "allreduce": (one, small, MPI.SUM, None, "native"),
+        "reduce": (one, small if root else None, MPI.SUM, 1, "native"),
+        "allgather": (one, large, None, None, "native"),
+        "alltoall": (many, large, None, None, "native"),
+        "bcast": (None, small, None, 1, "native"),
+        "reduce_scatter_block": (many, small, MPI.SUM, None, "native"),
+    }
+    for name, (sendbuf, recvbuf, op, root_rank, *algorithm) in calls.items():
+        named = dict(zip(("op", "root", "algorithm"), (op, root_rank, *algorithm), strict=False))
+        named = {each: value for each, value in named.items() if value is not None}
+        buffers = (recvbuf,) if name == "bcast" else (sendbuf, recvbuf)
+        for _ in range(2):
+            getattr(ours, name.capitalize())(*buffers, **named)
+        before = None if recvbuf is None else np.copy(recvbuf[0] if isinstance(recvbuf, list) else recvbuf)
+        door = getattr(ours._doors, name)
+        assert door(sendbuf, recvbuf, op, root_rank, *(algorithm or [None]), None) is None, name
+        after = recvbuf[0] if isinstance(recvbuf, list) else recvbuf
+        assert before is None or before.tobytes() == after.tobytes(), name
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_an_error_of_mpi_is_raised_as_mpi4py_raises_it(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without comparison MPI finds that a message is too long."""
+    monkeypatch.setenv("HPCCOMM_CONSISTENCY", "off")
+    ours, root = comm.Dup(), comm.rank == 0
+    ours.Barrier()
+    for length in (9, 9, 9, 12, 9):  # of one size class
+        error = 0
+        try:
+            ours.Scatter(np.arange(length * float(ours.size)) if root else None, np.empty(length if root else 9))
+        except MPI.Exception as raised:
+            error = raised.Get_error_class()
+        assert error == (MPI.ERR_TRUNCATE if length == 12 and not root else 0)
+        comm.Barrier()
 
 
 UNREADABLE = {

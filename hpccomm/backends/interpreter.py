@@ -6,7 +6,6 @@ errors.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +30,7 @@ from hpccomm.kernels.interpreter.records import (
 )
 from hpccomm.kernels.shared_memory.collectives import RETRY
 from hpccomm.kernels.shared_memory.records import fill
-from hpccomm.transports.mpi import MessageTransport, message_functions, tag_place
+from hpccomm.transports.mpi import MessageTransport, as_word, message_functions, tag_place
 
 
 class CompiledSchedule:
@@ -148,11 +147,6 @@ class CompiledSchedule:
 
     def free(self) -> None:
         """Nothing is held between two runs."""
-
-
-def as_word(handle: int) -> int:
-    """A handle as a word; an integer handle of MPICH may have its highest bit set."""
-    return ctypes.c_int64(handle).value
 
 
 OPERANDS = (("buffer", "at"), ("operand", "operand_at"))

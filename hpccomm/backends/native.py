@@ -12,12 +12,35 @@ from hpccomm.calls.blocks import NONE, ONE, PARTS
 from hpccomm.calls.buffers import Buffer, apply_displacement
 from hpccomm.calls.call import Call
 from hpccomm.calls.plans import NativeCall, Plan
+from hpccomm.transports.mpi import as_word, function_address
 
 IN_PLACE = MPI.IN_PLACE
 EXTREMES = ("min", "max", "minloc", "maxloc")
 
 INT_MAX, LARGE_COUNTS = (1 << 31) - 1, 4
 """Most elements that MPI before version 4 can count, and the first version without that limit."""
+
+
+IN_PLACE_WORD = int(MPI.IN_PLACE)
+ONE_VECTOR, TWO_VECTORS = (
+    ("send", "recv", "count", "type", "op"),
+    ("send", "count", "type", "recv", "recv_count", "type"),
+)
+SENT_BLOCKS, RECEIVED_BLOCKS = ("sent_counts", "sent_places"), ("received_counts", "received_places")
+C_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("Allreduce", "Reduce_scatter_block", "Scan", "Exscan"), ONE_VECTOR),
+    **dict.fromkeys(("Allgather", "Alltoall"), TWO_VECTORS),
+    **dict.fromkeys(("Gather", "Scatter"), (*TWO_VECTORS, "root")),
+    "Reduce": (*ONE_VECTOR, "root"),
+    "Reduce_scatter": ("send", "recv", "received_counts", "type", "op"),
+    "Bcast": ("recv", "count", "type", "root"),
+    "Barrier": (),
+    "Allgatherv": ("send", "count", "type", "recv", *RECEIVED_BLOCKS, "type"),
+    "Alltoallv": ("send", *SENT_BLOCKS, "type", "recv", *RECEIVED_BLOCKS, "type"),
+    "Gatherv": ("send", "count", "type", "recv", *RECEIVED_BLOCKS, "type", "root"),
+    "Scatterv": ("send", *SENT_BLOCKS, "type", "recv", "recv_count", "type", "root"),
+}
+"""The arguments of MPI's functions; the communicator comes last."""
 
 
 class Native(Backend):
@@ -51,8 +74,26 @@ class Native(Backend):
         arguments = [op if each == "op" else getattr(call, each) for each in form.arguments]
         plain = lasts and not any(each.half for each in buffers.values())
         meets = self.planner.in_lockstep or (form.synchronises and call.data is not None)
-        row = NativeCall(call.fingerprint.word, self.planner.unit_lengths(call), meets) if plain else None
+        row = None
+        if plain:
+            c_call = self.c_call(call, IN_PLACE_WORD if in_place else "send", op)
+            row = NativeCall(call.fingerprint.word, self.planner.unit_lengths(call), meets, *c_call)
         return Plan(lambda: method(comm, *forms, *arguments), row=row, lasts=lasts)
+
+    def c_call(self, call: Call, send: int | str, op: Any) -> tuple[int, tuple[int | str, ...]]:
+        """MPI's function and its arguments; 0 if only mpi4py can make the call."""
+        data, none = call.data, (0, ())
+        known: dict[str, Any] = {"send": send, "root": call.root, "comm": as_word(self.planner.comm.handle)}
+        known["op"] = as_word(op.handle) if op is not None else 0
+        if call.name not in C_ARGUMENTS or (data is not None and (data.dtype is None or data.pair)):
+            return none
+        if data is not None:
+            try:
+                known["type"] = as_word(MPI.Datatype.fromcode(data.dtype.char).handle)
+            except (KeyError, ValueError):
+                return none
+        arguments = tuple(known.get(each, each) for each in (*C_ARGUMENTS[call.name], "comm"))
+        return function_address(f"MPI_{call.name}"), arguments
 
     def weak_form(self, call: Call, number: int, in_place: bool) -> Any:
         """The form for mpi4py of buffer ``number`` that holds no reference to the user's array."""

@@ -545,13 +545,13 @@ class SharedMemory:
 
     def _first_lengths(self, name: str) -> list[int]:
         """The lengths at which the record of a collective's calls changes."""
-        serves, powers = SERVES.get(name, Serves()), [1 << k for k in range(63)]
-        at = [0, AUTOTUNE_BYTES, *powers, *(each + 1 for each in powers), *serves.starts(self)]
+        serves = SERVES.get(name, Serves())
+        at = [*CLASS_STARTS, *serves.starts(self)]
         at.append(self._most_in_tree(name) // (self.size if serves.blockwise else 1) + 1)
         if name in SINGLE_COPIES:
             at.append(-(-self._single_copy_bytes(name) // (1 if serves.sized else self.size)))
         if serves.blockwise:
-            at += [-(-each // self.size) for each in (AUTOTUNE_BYTES, *powers)]
+            at += [-(-each // self.size) for each in (AUTOTUNE_BYTES, *POWERS)]
         return sorted({*at, 1 << 62})
 
     # Return codes
@@ -729,6 +729,9 @@ MAX_ALLOCATIONS = 64
 SIZE_CLASSES = 40
 """Size classes, powers of two, that the autotuner keeps apart."""
 AUTOTUNE_BYTES = 2048
+POWERS = tuple(1 << k for k in range(63))
+CLASS_STARTS = (0, AUTOTUNE_BYTES, *POWERS, *(each + 1 for each in POWERS))
+"""Where the size classes of all collectives begin."""
 """From here on the autotuner chooses how calls fill slots and buffers; below, stores are ordinary."""
 PERIODS = (4096, 256)
 """Calls between the first trials of how slots are filled: of short calls, and of long ones."""

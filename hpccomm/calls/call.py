@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mpi4py import MPI
@@ -85,9 +86,9 @@ class Call:
         """Whether each rank sends one block and receives one of every rank."""
         return self.signature.send == ONE and self.signature.recv != ONE
 
-    @property
+    @cached_property
     def readable(self) -> bool:
-        """Whether others than mpi4py can move its elements or, with an operation, reduce them."""
+        """Whether others than mpi4py can move its elements or, with an operation, reduce them, as it was read."""
         moved = [each for each in (self.send, self.recv) if not is_absent(each)] or [self.data]
         return self.data is None or all(
             each.dtype is not None or (self.op is None and each.datatype is not None) for each in (self.data, *moved)

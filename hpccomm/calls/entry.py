@@ -43,9 +43,12 @@ from hpccomm.kernels.entry.records import (
     COUNT_CHECK,
     COUNTS_GIVEN,
     ENTRY_RECORD,
+    FAILED,
     INTERRUPTED,
     IS_SENT_AT_ROOT,
     LATE,
+    LEAVING,
+    MOST_ARGUMENTS,
     NATIVE,
     NATIVE_IN_PLACE,
     NOT_MINE,
@@ -190,9 +193,10 @@ class Entry:
         self._facts = door_facts(size)
         self._types, self._items = type_table(list_objects()), item_sizes()
         self._record, self._blocks = np.zeros((), ENTRY_RECORD), np.zeros(4 * size, np.int64)
+        self._counts = np.zeros((4, size), np.int32)
         self._pending = ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, "pending"))
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
-        fill(self._record, blocks=self._blocks.ctypes.data, **recorded)
+        fill(self._record, blocks=self._blocks.ctypes.data, counts=self._counts.ctypes.data, **recorded)
         fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
         if memory:
             fill(self._record, state=memory.state_address, patience=memory.patience_ns)
@@ -248,7 +252,7 @@ class Entry:
             return  # many programs use one layout once
         name, item = COLLECTIVES[key.kind & 0xFF], self._items[key.kind >> records.TOKEN_BITS]
         blocks = 1 if name in ONE_BLOCK else max(1, self._facts[name]["recv_blocks"]) * (name not in UNCOUNTED)
-        values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
+        values = self._native_values(call, name, item) if isinstance(call, NativeCall) else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
         first, last = class_lengths(key.nbytes)
         least, most = max(call.lengths[0], first), min(call.lengths[1], last)
@@ -278,6 +282,23 @@ class Entry:
         else:
             self._write_row(key, values)
 
+    def _native_values(self, call: NativeCall, name: str, item: int) -> dict[str, Any]:
+        """The fields of the row for one of MPI's own collectives, whose elements have ``item`` bytes."""
+        counts = dict(zip(COUNT_ARGUMENTS, self._counts, strict=True))
+        words = [counts[each].ctypes.data if each in counts else each for each in call.arguments]
+        at = {each: k for k, each in enumerate(words) if isinstance(each, str)}
+        words = [0 if isinstance(each, str) else each for each in words]
+        return {
+            "fingerprint": call.word,
+            "backend": records.BY_MPI,
+            "synchronises": int(call.synchronises),
+            "function": call.function,
+            "unit": item,
+            "splits": self._facts[name]["uneven"],
+            "arguments": words + [0] * (MOST_ARGUMENTS + 1 - len(words)),
+            **{f"{each}_argument": at.get(each, MOST_ARGUMENTS) for each in ("send", "recv", "count", "recv_count")},
+        }
+
     def _write_row(self, key: Key, values: dict[str, int]) -> None:
         """Write a row to the first free place after its hash."""
         mask = len(self._rows) - 1
@@ -288,21 +309,29 @@ class Entry:
 
     def run_native(self, code: int, native: Callable[..., Any], *arguments: Any) -> Any:
         """Run MPI's own collective for a call whose door has returned ``code``, and compare the ranks' calls."""
-        if code & ~NATIVE_IN_PLACE == INTERRUPTED:
+        answer = code & ~NATIVE_IN_PLACE
+        if answer == INTERRUPTED:
             self.check_interrupted()
+        if answer in (FAILED, LEAVING):
+            native, arguments = self._check_failure, ()
         try:
             if self._table is None:
                 result = native(*arguments)
                 self._leave()
                 return result
             with self._entered:
-                if code & ~NATIVE_IN_PLACE != NATIVE:
-                    self._settle(code & ~NATIVE_IN_PLACE)
+                if answer not in (NATIVE, FAILED, LEAVING):
+                    self._settle(answer)
                 result = native(*arguments)
             return result
         except BaseException:
             self._end_event()
             raise
+
+    def _check_failure(self) -> None:
+        """Raise if MPI has returned an error to the compiled entry."""
+        if self._record["failure"]:
+            raise MPI.Exception(int(self._record["failure"]))
 
     def _leave_native(self) -> None:
         """Leave a call of MPI's."""
@@ -370,6 +399,8 @@ class Entry:
         return Amounts(sends, receives)
 
 
+COUNT_ARGUMENTS = ("sent_counts", "sent_places", "received_counts", "received_places")
+"""Arguments of MPI's functions: integers that the entry writes at every call."""
 ROW_KEY = Key._fields[:5]
 """The fields by which a row is found; the others differ between the calls of a kind."""
 
@@ -392,11 +423,6 @@ def shared_values(call: Any, key: Key) -> dict[str, int]:
     salt = (check - fingerprint * CHECK_PRIME - key.nbytes * call.checked * COUNT_CHECK) & CHECK_MASK
     general = {name: getattr(call, name) for name in ("checked", "table", "sized", "registers", "releases")}
     return {"fingerprint": fingerprint, "backend": records.IN_SHARED_MEMORY, "salt": salt, **general}
-
-
-def native_values(call: NativeCall) -> dict[str, int]:
-    """The fields of the row for one of MPI's own collectives."""
-    return {"fingerprint": call.word, "backend": records.BY_MPI, "synchronises": int(call.synchronises)}
 
 
 # What the entry knows of Python, NumPy and MPI

@@ -29,6 +29,10 @@ class NativeCall(NamedTuple):
     """The lengths that MPI takes."""
     synchronises: bool
     """Whether ranks compare their calls before MPI moves data."""
+    function: int = 0
+    """The address of MPI's function; 0 if only mpi4py can make the call."""
+    arguments: tuple[int | str, ...] = ()
+    """Its arguments as words; those that vary by their names in :data:`hpccomm.backends.native.C_ARGUMENTS`."""
 
 
 @dataclass(slots=True, eq=False)

@@ -115,13 +115,15 @@ class Group:
                 log_line(refusal)
 
     def _check_deadlock(self) -> None:
-        """Abort all ranks if this rank is in a call that can never complete."""
+        """Abort all ranks if this rank is in a call that can never complete.
+
+        A rank that can look itself raises the error, and has some time for that.
+        """
         seq = self.table.active_seq
-        if not seq or seq != self._since[0]:
-            self._since = (seq, time.monotonic())
-            return
-        reason = self.table.deadlock_reason()
-        if reason and time.monotonic() - self._since[1] > 2 * PERIOD and self.table.active_seq == seq:
+        reason = self.table.deadlock_reason() if seq else None
+        if reason is None or seq != self._since[0]:
+            self._since = (seq if reason else 0, time.monotonic())
+        elif time.monotonic() - self._since[1] > 2 * PERIOD and self.table.active_seq == seq:
             abort_all(reason)
 
     def is_first(self, event: Event) -> bool:

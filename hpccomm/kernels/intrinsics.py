@@ -251,6 +251,14 @@ def call_2(builder, address, a, b):
     return call_address(builder, address, a, b)
 
 
+@instruction(int64, int64, int64)
+def call_9(builder, address, words):
+    """Call a function of up to 9 words, which lie at an address; what it returns has 32 bits."""
+    first = builder.inttoptr(words, I64.as_pointer())
+    arguments = [builder.load(builder.gep(first, [ir.Constant(I64, k)])) for k in range(9)]
+    return builder.sext(builder.trunc(call_address(builder, address, *arguments), I32), I64)
+
+
 @intrinsic
 def stack_buffer(context: Any, sample: Any) -> Any:
     """``STACK_ELEMENTS`` elements of the type of ``sample`` on the stack."""

@@ -299,14 +299,14 @@ def place_image(code: bytes, offset: int, table: int, pointers: list[int], exter
     """Copy an image of :mod:`hpccomm.kernels.linker` into memory and complete it."""
     memory = mmap.mmap(-1, len(code), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ | mmap.PROT_WRITE)
     memory[:] = code
-    base = ctypes.addressof(words := (ctypes.c_char * len(code)).from_buffer(memory))
+    base = ctypes.addressof(first := ctypes.c_char.from_buffer(memory))
     for i, name in enumerate(externals):
         ctypes.c_uint64.from_address(base + table + 8 * i).value = external_address(name)
     for each in pointers:
         ctypes.c_uint64.from_address(base + each).value += base
     if protect(base, len(code), mmap.PROT_READ | mmap.PROT_EXEC):
         raise OSError(ctypes.get_errno(), "this system does not let a process run code that it has loaded")
-    KEPT.append(words)
+    KEPT.append(first)
     return base + offset
 
 
@@ -314,6 +314,7 @@ protect = ctypes.CDLL(None, use_errno=True).mprotect
 protect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
+@cache
 def external_address(name: str) -> int:
     """The address of a function of Python or of the C library."""
     return ctypes.cast(ctypes.pythonapi[name], ctypes.c_void_p).value or 0

@@ -15,6 +15,7 @@ A collective itself is never a point: its price is a sum over its rounds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from math import exp, log, log2
 from typing import Any, NamedTuple
 
@@ -103,6 +104,7 @@ class Round(NamedTuple):
     """``(p,)``: the rank from which each rank receives, -1 for none."""
 
 
+@cache
 def distance(known: Shape, asked: Shape) -> float:
     """The distance of two shapes in powers of two: the larger of that in nodes and that in ranks a node."""
     if (known[0] == 1) != (asked[0] == 1):
@@ -110,6 +112,7 @@ def distance(known: Shape, asked: Shape) -> float:
     return max(abs(log2(a / b)) for a, b in zip(known, asked, strict=True))
 
 
+@cache
 def distance_key(known: Shape, asked: Shape) -> tuple[float, float]:
     """The distance, and the sum of both distances to break ties."""
     both = sum(abs(log2(a / b)) for a, b in zip(known, asked, strict=True))

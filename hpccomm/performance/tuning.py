@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import log
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,7 +157,7 @@ class Table:
 
     def local_ranks(self, key: tuple[str, str, str]) -> list[int]:
         """The numbers of ranks on one node with rows of a (collective, datatype, memory)."""
-        return [per_node for nodes, per_node in self.series.get(key, {}) if nodes == 1]
+        return [per_node for nodes, per_node in self.series_of(key) if nodes == 1]
 
     def choose_first_use(self, collective: str, per_node: int, nbytes: int, candidate: str, why: str) -> Choice:
         """What the first use of this size class has decided; before it, native MPI."""
@@ -186,24 +187,37 @@ class Table:
 
     def find_series(self, collective: str, shape: Shape, dtype: str, memory: str) -> Series | None:
         """The measurements at the shape nearest to ``shape``, by algorithm, in ascending order of bytes."""
-        for each in dict.fromkeys((dtype, "f4")):
-            shapes = self.series.get((collective, each, memory), {})
-            near = min(shapes, key=lambda known: (distance_key(known, shape), known), default=None)
-            if near and distance(near, shape) <= REACH:
-                return shapes[near]
-        return None
+        key = (collective, shape, dtype, memory)
+        if key not in self._nearest:
+            self._nearest[key] = None
+            for each in dict.fromkeys((dtype, "f4")):
+                shapes = self.series_of((collective, each, memory))
+                near = min(shapes, key=lambda known: (distance_key(known, shape), known), default=None)
+                if near and distance(near, shape) <= REACH:
+                    self._nearest[key] = shapes[near]
+                    break
+        return self._nearest[key]
 
     @cached_property
-    def series(self) -> dict[tuple[str, str, str], dict[Shape, Series]]:
-        """The rows by (collective, datatype, memory), shape and algorithm, of shapes with rows of native MPI."""
-        found: dict[tuple[str, str, str], dict[Shape, Series]] = {}
-        for row in sorted(self.rows, key=lambda row: row.bytes):
-            shapes = found.setdefault((row.collective, row.dtype, row.memory), {})
-            shapes.setdefault((row.nodes, row.per_node), {}).setdefault(row.algorithm, []).append(row)
-        return {
-            key: {shape: series for shape, series in shapes.items() if "native" in series}
-            for key, shapes in found.items()
-        }
+    def _nearest(self) -> dict[tuple[str, Shape, str, str], Series | None]:
+        """What :meth:`find_series` has found."""
+        return {}
+
+    @cached_property
+    def _rows_of(self) -> dict[str, list[Row]]:
+        """The rows of the collectives that were asked for."""
+        return {}
+
+    def series_of(self, key: tuple[str, str, str]) -> dict[Shape, Series]:
+        """The rows of a (collective, datatype, memory) by shape and algorithm, of shapes with rows of native MPI."""
+        found: dict[Shape, Series] = {}
+        collective, dtype, memory = key
+        if collective not in self._rows_of:
+            self._rows_of[collective] = [row for row in self.rows if row.collective == collective]
+        rows = (row for row in self._rows_of[collective] if row.dtype == dtype and row.memory == memory)
+        for row in sorted(rows, key=attrgetter("bytes")):
+            found.setdefault((row.nodes, row.per_node), {}).setdefault(row.algorithm, []).append(row)
+        return {shape: series for shape, series in found.items() if "native" in series}
 
     def select_mpi(self, mpi: str) -> Table:
         """The rows of this MPI library, of any version; for collectives without such rows, those of all libraries."""

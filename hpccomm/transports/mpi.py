@@ -49,11 +49,23 @@ class MessageTransport:
 def message_functions() -> dict[str, int]:
     """The addresses of MPI's functions for messages; empty where they are not found."""
     names = {"isend": "MPI_Isend", "irecv": "MPI_Irecv", "test": "MPI_Test", "probe": "MPI_Iprobe"}
+    found = {name: function_address(each) for name, each in names.items()}
+    return found if all(found.values()) else {}
+
+
+@cache
+def function_address(name: str) -> int:
+    """The address of one of MPI's functions; 0 if it is not found."""
     try:
         library = ctypes.CDLL(MPI.__file__)  # looks through the libraries that it is linked with, too
-        return {name: ctypes.cast(library[each], ctypes.c_void_p).value or 0 for name, each in names.items()}
+        return ctypes.cast(library[name], ctypes.c_void_p).value or 0
     except (AttributeError, OSError):
-        return {}
+        return 0
+
+
+def as_word(handle: int) -> int:
+    """A handle as a word; an integer handle of MPICH may have its highest bit set."""
+    return ctypes.c_int64(handle).value
 
 
 @cache

@@ -36,11 +36,14 @@ from hpccomm.kernels.entry.records import (
     DTYPE_KIND,
     ENTRY_RECORD,
     EVENT_RECORD,
+    FAILED,
     IN_PLACE_BIT,
+    INT_MAX,
     INTEGER_KIND,
     INTERRUPTED,
     IS_SENT_AT_ROOT,
     LATE,
+    LEAVING,
     LIST_ITEMS,
     LOW_HALF,
     MISS,
@@ -69,6 +72,7 @@ from hpccomm.kernels.shared_memory.memory import (
     call_0,
     call_1,
     call_2,
+    call_9,
     copy,
     load,
     load_acquire,
@@ -116,6 +120,8 @@ ROOT = offset_of(ENTRY_RECORD, "root")
 ALGORITHM = offset_of(ENTRY_RECORD, "algorithm")
 LAYOUT = offset_of(ENTRY_RECORD, "layout")
 BLOCKS = offset_of(ENTRY_RECORD, "blocks")
+COUNTS_AT = offset_of(ENTRY_RECORD, "counts")
+FAILURE = offset_of(ENTRY_RECORD, "failure")
 NBYTES = offset_of(ENTRY_RECORD, "nbytes")
 SEND = offset_of(ENTRY_RECORD, "send")
 RECV = offset_of(ENTRY_RECORD, "recv")
@@ -183,6 +189,14 @@ SIZED = offset_of(ROW_RECORD, "sized")
 REGISTERS = offset_of(ROW_RECORD, "registers")
 RELEASES = offset_of(ROW_RECORD, "releases")
 ROW_TEXT = offset_of(ROW_RECORD, "text")
+FUNCTION = offset_of(ROW_RECORD, "function")
+UNIT = offset_of(ROW_RECORD, "unit")
+SPLITS = offset_of(ROW_RECORD, "splits")
+SEND_ARGUMENT = offset_of(ROW_RECORD, "send_argument")
+RECV_ARGUMENT = offset_of(ROW_RECORD, "recv_argument")
+COUNT_ARGUMENT = offset_of(ROW_RECORD, "count_argument")
+RECV_COUNT_ARGUMENT = offset_of(ROW_RECORD, "recv_count_argument")
+ARGUMENTS = offset_of(ROW_RECORD, "arguments")
 ROW_BYTES = ROW_RECORD.itemsize
 
 # An event
@@ -244,16 +258,20 @@ def enter(self, arguments, count):
         row = load(entry + ROW)
         begin_event(entry, row)
         if load(row + BACKEND) == BY_MPI:
-            code = start_native(entry, row) + NATIVE_IN_PLACE * load(entry + WITHIN)
-            store(entry + PENDING, code if load(entry + ENTRIES) != 0 else 0)
+            code = start_native(entry, row)
+            if code == NATIVE and load(row + FUNCTION) != 0:
+                code = call_mpi(entry, row)
+            if code != DONE:
+                code += NATIVE_IN_PLACE * load(entry + WITHIN)
+                store(entry + PENDING, code if load(entry + ENTRIES) != 0 else 0)
         else:
             aim(entry, row)
             code = run(entry, load(row + CALL), load(row + KERNEL), load(row + RELEASES))
-            if code == DONE and load(entry + SHORT) != 0:
-                copy(load(entry + SHORT), load(entry + RECV), load(entry + SHORT_BYTES))
-            if code == DONE:
-                end_event(entry)
             store(entry + PENDING, code)
+        if code == DONE:
+            if load(entry + SHORT) != 0:
+                copy(load(entry + SHORT), load(entry + RECV), load(entry + SHORT_BYTES))
+            end_event(entry)
     return answer(entry, code)
 
 
@@ -261,13 +279,7 @@ def leave(self, arguments, count):
     """``leave()`` after one of MPI's own collectives: None, or DIFFER if another rank called something else."""
     entry = load(load(self + ARRAY_DATA) + ENTRY)
     end_event(entry)
-    if load(entry + ENTRIES) == 0:
-        return answer(entry, DONE)
-    code = compare_entries(entry)
-    status = own_row(entry) + W * STATUS
-    if code == NATIVE:
-        store(status, -load(status))
-    return answer(entry, DONE if code == NATIVE else code)
+    return answer(entry, leave_table(entry))
 
 
 def answer(entry, code):
@@ -799,6 +811,56 @@ def start_native(entry, row):
     store(load(entry + MEETING) + CALL_FINGERPRINT, fingerprint)
     code = run(entry, load(entry + MEETING), load(entry + MEET), 0)
     return compare_entries(entry) if code == DONE else BEFORE_NATIVE + code
+
+
+def call_mpi(entry, row):
+    """Call MPI's function and compare again: DONE, FAILED, LEAVING, or NATIVE for counts of more than 32 bits."""
+    unit, arguments = load(row + UNIT), row + ARGUMENTS
+    count = load(entry + NBYTES) // unit
+    if load(row + SPLITS) != 0:
+        count = write_counts(entry, load(row + SPLITS), unit, count)
+    if count > INT_MAX:
+        return NATIVE
+    store(arguments + W * load(row + SEND_ARGUMENT), load(entry + SEND))
+    store(arguments + W * load(row + RECV_ARGUMENT), load(entry + RECV))
+    store(arguments + W * load(row + COUNT_ARGUMENT), count)
+    store(arguments + W * load(row + RECV_COUNT_ARGUMENT), count)
+    thread = call_0(load(entry + SAVE_THREAD))
+    failure = call_9(load(row + FUNCTION), arguments)
+    call_1(load(entry + RESTORE_THREAD), thread)
+    store(entry + FAILURE, failure)
+    if failure != 0:
+        return FAILED
+    return DONE if leave_table(entry) == DONE else LEAVING
+
+
+def write_counts(entry, splits, unit, count):
+    """Write the blocks of the call as integers for MPI; returns the elements of this rank's own block.
+
+    Where a block is too long or too far for them, the result is, too.
+    """
+    words, counts = load(entry + BLOCKS), load(entry + COUNTS_AT)
+    if splits & RECEIVED_UNEVEN and load(entry + RECEIVES) != 0:
+        count = load(block_of(entry, RECEIVED, 0)) // unit
+    elif splits & SENT_UNEVEN and load(entry + SENDS) != 0:
+        count = load(block_of(entry, SENT, 0)) // unit
+    for k in range(2 * load(entry + SIZE)):
+        low, high = load(words + 2 * W * k) // unit, load(words + 2 * W * k + W) // unit
+        if max(low, high) > INT_MAX:
+            count = INT_MAX + 1
+        store(counts + W * k, low | high << 32)
+    return count
+
+
+def leave_table(entry):
+    """Leave the consistency table: DONE, or DIFFER if another rank has called something else."""
+    if load(entry + ENTRIES) == 0:
+        return DONE
+    status = own_row(entry) + W * STATUS
+    if compare_entries(entry) == DIFFER:
+        return DIFFER
+    store(status, -load(status))
+    return DONE
 
 
 def compare_entries(entry):

@@ -10,6 +10,10 @@ import numpy as np
 from hpccomm.kernels.shared_memory.records import record, words
 
 SCRATCH_BYTES = 1024
+MOST_ARGUMENTS = 9
+"""Of one of MPI's functions."""
+INT_MAX = (1 << 31) - 1
+"""The largest count that they take."""
 
 ENTRY_RECORD = record(
     [
@@ -27,6 +31,9 @@ ENTRY_RECORD = record(
         *words("kind", "op", "root", "algorithm", "layout"),  # the key of the running call
         *words("nbytes", "send", "recv", "row"),  # its length, its addresses and its row
         *words("blocks"),  # address of the lengths and places of its blocks, sent and received; 4 x size words
+        *words(
+            "counts", "failure"
+        ),  # address of the same in elements, 4 x size integers for MPI; what MPI has returned
         *words("pending"),  # whether a call awaits Python, which goes on with it
         *words("sends", "receives", "within", "call_token"),  # its blocks; whether it is in place; its dtype
         *words("ring", "events", "last_event"),  # of the flight recorder: its number of calls, and its EVENT_RECORDs
@@ -71,6 +78,9 @@ ROW_RECORD = record(
         *words("checked", "table", "sized", "registers"),
         *words("releases"),  # the call may wait long, and releases the GIL
         *words("text"),  # the number of its text in the flight recorder
+        *words("function", "unit", "splits"),  # MPI's function, 0: Python calls it; bytes of an element; as ``uneven``
+        *words("send_argument", "recv_argument", "count_argument", "recv_count_argument"),  # where its arguments vary
+        ("arguments", np.int64, MOST_ARGUMENTS + 1),  # those of MPI's function, and a place for those it does not have
     ]
 )
 """One kind of call, and the call record that runs it."""
@@ -89,9 +99,10 @@ TABLES = ("none", "blocks", "allgather", "alltoall")
 """What follows a call record: nothing, first bytes of blocks, lengths and places, or both of each side."""
 
 IN_SHARED_MEMORY, BY_MPI = 1, 2
-NOT_MINE, MISS, NATIVE, DIFFER, LATE, INTERRUPTED = 5, 6, 7, 8, 9, 10
+NOT_MINE, MISS, NATIVE, DIFFER, LATE, INTERRUPTED, FAILED, LEAVING = 5, 6, 7, 8, 9, 10, 11, 12
 """Answers of the entry beyond those of the kernels: not readable here; readable, but no row; MPI's own collective; the
-same, but ranks differ; the same, but ranks have not entered; the call before was left half done."""
+same, but ranks differ; the same, but ranks have not entered; the call before was left half done; MPI has returned an
+error; MPI has made the call, but ranks differ."""
 NATIVE_IN_PLACE = 16
 """Added to an answer for one of MPI's own collectives in place."""
 BEFORE_NATIVE = 32

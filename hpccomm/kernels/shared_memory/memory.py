@@ -154,3 +154,9 @@ def call_address(address: int, *arguments: int) -> int:
 
 
 call_0 = call_1 = call_2 = call_address
+
+
+def call_9(address: int, words: int) -> int:
+    """Call a function of up to 9 words, which lie at an address; what it returns has 32 bits."""
+    arguments = [load(words + 8 * k) for k in range(9)]
+    return int(ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 9)(address)(*arguments))
