@@ -37,8 +37,8 @@ FORMAT = 2
 """Files of format 1 have no label."""
 LABEL = "hpccomm.json"
 CHUNK = 1 << 20
-NUMBERS = bool | int | float
-NUMPY = np.ndarray | np.generic
+NUMBERS = (bool, int, float)
+READABLE = (np.ndarray, np.generic, *NUMBERS)
 READER = threading.Lock()
 """NumPy parses the header of each array as Python source, and two threads that parse at once raise SystemError (AST
 constructor recursion depth mismatch, CPython 3.11.7)."""
@@ -58,7 +58,7 @@ def read_leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def read_leaf(leaf: Any, path: str) -> Any:
     """A number, or an array of any library as NumPy's; raises for anything else."""
-    found = leaf if isinstance(leaf, NUMPY | NUMBERS) else None
+    found = leaf if isinstance(leaf, READABLE) else None
     if found is None and hasattr(leaf, "shape"):
         found = to_host(leaf) if is_on_device(leaf) else borrow(leaf, path)[0]
     if found is None or np.asarray(found).dtype.hasobject:
@@ -131,7 +131,7 @@ def list_some(names: set[str]) -> str:
 
 def restore_leaf(path: str, like: Any, value: Any, change: RankChange | None, other_ranks: bool) -> Any:
     """One leaf: an array of the same shape and dtype, or a number."""
-    if not isinstance(like, NUMPY | NUMBERS):
+    if read_leaf(like, path) is not like:
         found = restore_leaf(path, read_leaf(like, path), value, change, other_ranks)
         return to_device_like(found, like) if is_on_device(like) else borrow(like)[1](found.copy())
     array = np.asarray(value)

@@ -80,8 +80,9 @@ def children_of(state: Any) -> list[tuple[str, Any, RankChange | None]]:
     """The names, values and declared changes directly inside a state."""
     if isinstance(state, dict):
         return [(str(name), each, None) for name, each in state.items()]
+    kind: Any = type(state)
     names = getattr(state, "_fields", range(len(state)))
-    changes = find_changes(type(state)) if hasattr(state, "_fields") else {}
+    changes = find_changes(kind) if hasattr(state, "_fields") else {}
     return [(str(name), each, changes.get(str(name))) for name, each in zip(names, state, strict=True)]
 
 

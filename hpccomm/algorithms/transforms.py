@@ -69,7 +69,8 @@ class Transform(Pair):
         inside = [each for each in parts if isinstance(each, Transform)]
         bucket = bucket or next((each.bucket for each in inside if each.bucket), None)
         comms = [*([] if comm is None else [comm]), *(each for part in inside for each in part.comms)]
-        kind, layouts = StateKind(), Layouts(bucket, tuple({id(each): each for each in comms}.values()))
+        distinct = tuple({id(each): each for each in comms}.values())
+        kind, layouts = StateKind(), Layouts(bucket, distinct, [each.layouts for each in inside])
         made = Pair.__new__(cls, init_for_trees(init, layouts, kind), update_for_trees(update, layouts, kind))
         made.bucket, made.comms, made.layouts = bucket, layouts.comms, layouts
         made.needs_whole = needs_whole or next((each.needs_whole for each in inside if each.needs_whole), "")
@@ -260,9 +261,10 @@ def weight_decay(rate: float, where: npt.NDArray[np.bool_] | None = None) -> Tra
     check_not_negative("weight_decay: rate", rate)
 
     def init(weights: Vector) -> tuple[()]:
+        shape = weights.shape if where is None else np.shape(where)
         require(
-            where is None or np.shape(where) == weights.shape,
-            f"weight_decay: the mask has shape {np.shape(where)}, the weights {weights.shape}: pass the mask of their "
+            shape == weights.shape,
+            f"weight_decay: the mask has shape {shape}, the weights {weights.shape}: pass the mask of their "
             "bucket; the optimizer of sharded states makes one of lambda bucket, reduce: … bucket.mask('decay')",
         )
         return ()

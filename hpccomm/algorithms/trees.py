@@ -164,11 +164,11 @@ class Layouts:
     """The layouts of the trees that a method sees: one order of the leaves, the same on all ranks.
 
     The order is that of the ``bucket``, else the one in which the names came first.  The ranks of ``comms``, over which
-    the method exchanges, compare each layout once.
+    the method exchanges, compare each layout once, also for the layouts ``inside``, those of the method's parts.
     """
 
-    def __init__(self, bucket: Bucket | None, comms: Sequence[Any]) -> None:
-        self.bucket, self.comms = bucket, comms
+    def __init__(self, bucket: Bucket | None, comms: tuple[Any, ...], inside: Sequence[Layouts] = ()) -> None:
+        self.bucket, self.comms, self.inside = bucket, comms, inside
         self.orders: dict[frozenset[str], list[str]] = {}
         self.compared: set[Any] = set()
 
@@ -188,7 +188,13 @@ class Layouts:
             return
         for comm in self.comms:
             check_same_tensors(comm, "weights", rows_of(bucket))
+        self.note(known)
+
+    def note(self, known: Any) -> None:
+        """These tensors need not be compared again."""
         self.compared.add(known)
+        for each in self.inside:
+            each.note(known)
 
 
 class StateKind:
