@@ -91,8 +91,9 @@ class Event(NamedTuple):
 class Ring:
     """The memory of one process, mapped by itself or by another one."""
 
-    def __init__(self, file: int, size: int) -> None:
-        self.buffer = mmap.mmap(file, size)
+    def __init__(self, file: int, size: int, present: bool = False) -> None:
+        """``present``: its pages are made now, not one by one while calls are timed."""
+        self.buffer = mmap.mmap(file, size, mmap.MAP_SHARED | mmap.MAP_POPULATE * present)
         self.head = np.frombuffer(self.buffer, HEAD_RECORD, 1)
         self.words = memoryview(self.buffer).cast("q")
         self.table = np.frombuffer(self.buffer, EVENT_RECORD, -1, HEAD_RECORD.itemsize)
@@ -282,7 +283,7 @@ class Recorder:
             file = os.memfd_create(FILE, os.MFD_CLOEXEC)
             os.ftruncate(file, size)
             weakref.finalize(self, os.close, file)
-        self.ring, self._length = Ring(file, size), length
+        self.ring, self._length = Ring(file, size, present=length > EVENTS), length
         head = self.ring.head
         head["pid"], head["length"], head["rank"], head["size"] = os.getpid(), length, -1, -1
         head["magic"] = MAGIC
