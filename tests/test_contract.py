@@ -309,7 +309,7 @@ def test_a_file_of_another_number_of_ranks_is_refused_where_states_are_a_rank_s_
         if not any(change in OWN for _, _, change in leaves_with_changes(like)):
             hpccomm.load(tmp_path / f"{comm.rank}.npz", method=like)
             return
-        with pytest.raises(ArgumentError, match=r"saved by one of 4 ranks, .* between 2 ranks \(.*\): save with save_set"):
+        with pytest.raises(ArgumentError, match=r"by one of 4 ranks, .* between 2 ranks \(.*\): save with save_set"):
             hpccomm.load(tmp_path / f"{comm.rank}.npz", method=like)
         olds = [hpccomm.load(tmp_path / f"{k}.npz", other_ranks=True, method=like)[0] for k in range(4)]
         wanted = dict(leaves(hpccomm.for_ranks(states, comm.rank, 2)))
