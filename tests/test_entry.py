@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm import Communicator
+from hpccomm import ArgumentError, Communicator
 from hpccomm.calls import consistency
 from hpccomm.calls import entry as calls_entry
 from hpccomm.calls.entry import COLLECTIVES, decline
@@ -373,7 +373,7 @@ def test_other_arguments_are_left_to_python(ours: Communicator) -> None:
     assert doors.allreduce(x, y) == NOT_MINE
     assert doors.allreduce(x, y, "sum", None, None, None) == NOT_MINE
     assert doors.bcast(None, x, None, root, None, None) == NOT_MINE
-    assert doors.bcast(None, x, None, np.int64(0), None, None) == NOT_MINE
+    assert doors.bcast(None, x, None, np.uint8(0), None, None) == NOT_MINE
     assert doors.allreduce(x[:6], x[2:], MPI.SUM, None, None, None) == NOT_MINE  # they overlap
     assert doors.allreduce(x, y[:7], MPI.SUM, None, None, None) == NOT_MINE
     assert doors.allreduce(x, y.astype("f4"), MPI.SUM, None, None, None) == NOT_MINE
@@ -623,6 +623,14 @@ def test_roots_may_be_numpy_integers_on_some_ranks(ours: Communicator) -> None:
         total = np.zeros(4)
         ours.Reduce(np.ones(4), total, root=root)
         assert ours.rank != 1 or np.array_equal(total, np.full(4, ours.size))
+        assert ours.bcast(ours.rank, root) == 1
+        if ours.plans.entry is not None:
+            assert ours._doors.bcast(None, x, None, kind(1), None, None) is None
+            assert ours._doors.bcast(None, x, None, np.int16(1), None, None) == NOT_MINE
+            assert ours._doors.bcast(None, x, None, kind(-1), None, None) in (NOT_MINE, MISS)
+    for wrong in (np.int64(-1), np.int32(ours.size), np.int64(1 << 40)):
+        with pytest.raises(ArgumentError, match="root"):
+            ours.Bcast(x, wrong)
 
 
 @pytest.mark.mpi(sizes=(2,))

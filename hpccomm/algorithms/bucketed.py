@@ -268,7 +268,8 @@ class BucketedExchange:
 
     def _issue(self, bucket: BucketInFlight) -> None:
         text = Fingerprint(f"bucket {bucket.number} of {len(self.buckets)}")
-        self._calls.append(submit(self.comm, partial(self._exchange, bucket), text, here=self._here))
+        exchange, nbytes = partial(self._exchange, bucket), bucket.gradient.nbytes
+        self._calls.append(submit(self.comm, exchange, text, here=self._here, nbytes=nbytes))
 
     def _exchange(self, bucket: BucketInFlight, channel: Any) -> None:
         """Exchange one bucket, in the progress thread."""

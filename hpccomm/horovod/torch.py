@@ -28,6 +28,7 @@ from hpccomm import functional, progress
 from hpccomm.algorithms.agreement import check_same_tensors
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError
+from hpccomm.observe.flight_recorder import count_bytes
 from hpccomm.torch.wrapper import OptimizerWrapper
 
 Average, Sum, Adasum, Min, Max, Product = "mean", "sum", "adasum", "min", "max", "prod"
@@ -186,7 +187,7 @@ def allreduce_async(
         total = functional.allreduce(given, meaning, comm).to(tensor.dtype)
         return total * postscale_factor if postscale_factor != 1.0 else total
 
-    return Handle(body, f"allreduce({name})" if name else "allreduce")
+    return Handle(body, f"allreduce({name})" if name else "allreduce", tensor)
 
 
 def allreduce_async_(
@@ -199,7 +200,7 @@ def allreduce_async_(
         tensor.detach().copy_(functional.allreduce(tensor.detach(), meaning, comm))
         return tensor
 
-    return Handle(body, f"allreduce({name})" if name else "allreduce")
+    return Handle(body, f"allreduce({name})" if name else "allreduce", tensor)
 
 
 def allreduce_group(tensors: Iterable[Any], average: bool | None = None, op: str | None = None) -> list[Any]:
@@ -218,7 +219,7 @@ def allgather(tensor: Any, name: str | None = None) -> Any:
 
 def allgather_async(tensor: Any, name: str | None = None) -> Handle:
     """:func:`allgather` beside the program."""
-    return Handle(lambda comm: functional.allgather(tensor.detach(), comm), f"allgather({name or ''})")
+    return Handle(lambda comm: functional.allgather(tensor.detach(), comm), f"allgather({name or ''})", tensor)
 
 
 def broadcast(tensor: Any, root_rank: int, name: str | None = None) -> Any:
@@ -228,7 +229,9 @@ def broadcast(tensor: Any, root_rank: int, name: str | None = None) -> Any:
 
 def broadcast_async(tensor: Any, root_rank: int, name: str | None = None) -> Handle:
     """:func:`broadcast` beside the program."""
-    return Handle(lambda comm: functional.broadcast(tensor.detach(), root_rank, comm), f"broadcast({name or ''})")
+    return Handle(
+        lambda comm: functional.broadcast(tensor.detach(), root_rank, comm), f"broadcast({name or ''})", tensor
+    )
 
 
 def broadcast_(tensor: Any, root_rank: int, name: str | None = None) -> Any:
@@ -243,7 +246,7 @@ def broadcast_async_(tensor: Any, root_rank: int, name: str | None = None) -> Ha
         tensor.detach().copy_(functional.broadcast(tensor.detach(), root_rank, comm))
         return tensor
 
-    return Handle(body, f"broadcast({name or ''})")
+    return Handle(body, f"broadcast({name or ''})", tensor)
 
 
 def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None) -> Any:
@@ -264,8 +267,8 @@ def barrier() -> None:
 class Handle:
     """A call under way."""
 
-    def __init__(self, body: Callable[[Communicator], Any], text: str) -> None:
-        self.call = progress.submit(world(), body, text)
+    def __init__(self, body: Callable[[Communicator], Any], text: str, tensor: Any) -> None:
+        self.call = progress.submit(world(), body, text, nbytes=count_bytes((tensor,)))
 
 
 def poll(handle: Handle) -> bool:
