@@ -60,6 +60,7 @@ from hpccomm.kernels.entry.records import (
 from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
 from hpccomm.kernels.shared_memory.records import fill, offset_of
+from hpccomm.observe.flight_recorder import recorder
 
 MAX_RANKS = 256
 """Python has one object each for the integers up to 256, so a root is recognised by its address."""
@@ -342,6 +343,10 @@ class Entry:
     def _clear_pending(self) -> None:
         """Forget a call that has failed."""
         self._pending.value = 0
+
+    def record_bytes(self, nbytes: int) -> None:
+        """Record the bytes of the call that compiled code has begun, which has not read its array."""
+        recorder().record_bytes(int(self._record["event"]), nbytes)
 
     def _end_event(self) -> None:
         """Record the end of a call that compiled code has begun."""

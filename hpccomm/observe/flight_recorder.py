@@ -55,7 +55,7 @@ HEAD_RECORD = record(
 MADE, ALIVE, REQUESTED, ANSWERED, INQUIRED, REPORTED = (
     offset_of(HEAD_RECORD, name) // W for name in ("made", "alive", "requested", "answered", "inquired", "reported")
 )
-END, TEXT = (offset_of(EVENT_RECORD, name) // W for name in ("end", "text"))
+END, NBYTES, TEXT = (offset_of(EVENT_RECORD, name) // W for name in ("end", "nbytes", "text"))
 EVENT_WORDS, FIRST_EVENT = EVENT_RECORD.itemsize // W, HEAD_RECORD.itemsize // W
 WRITE_EVENT = struct.Struct(f"{EVENT_WORDS}q").pack_into
 
@@ -333,6 +333,12 @@ class Recorder:
         ring = self.ring.words
         if ring[at] == number:
             ring[at + END] = clock()
+
+    def record_bytes(self, number: int, nbytes: int) -> None:
+        """Record the bytes of a call that is under way."""
+        ring, at = self.ring.words, FIRST_EVENT + EVENT_WORDS * (number & self._length - 1)
+        if number and ring[at] == number:
+            ring[at + NBYTES] = min(nbytes, MOST_BYTES)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
