@@ -36,6 +36,7 @@ _MODULES = {
     "algorithms.two_tier": "hybrid",
     "algorithms.local_steps": "diloco local_sgd post_local_sgd slowmo",
     "algorithms.sharded.groups": "mics",
+    "algorithms.sharded.checkpoints": "load_shards save_shards",
     "algorithms.sharded.units": "data_parallel zero",
     "algorithms.large_batch": "lamb lars",
     "algorithms.trust_ratio": "add_decayed_weights scale_by_global_norm scale_by_trust_ratio",

@@ -44,6 +44,8 @@ from hpccomm.algorithms.parameter_server import ParameterServer as ParameterServ
 from hpccomm.algorithms.power_sgd import powersgd as powersgd
 from hpccomm.algorithms.reports import report as report
 from hpccomm.algorithms.row_sparse import mean_rows as mean_rows
+from hpccomm.algorithms.sharded.checkpoints import load_shards as load_shards
+from hpccomm.algorithms.sharded.checkpoints import save_shards as save_shards
 from hpccomm.algorithms.sharded.groups import mics as mics
 from hpccomm.algorithms.sharded.units import data_parallel as data_parallel
 from hpccomm.algorithms.sharded.units import zero as zero

@@ -32,6 +32,9 @@ COMMANDS = {
     "completion": "print the lines that let a shell complete the commands",
 }
 
+MEASURING = ("bench", "train", "tune")
+"""Commands that run what programs get in the end, so they wait until it is compiled."""
+
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 """Variables in which launchers pass a process its rank."""
 AGREEMENT_SECONDS = 10.0
@@ -89,11 +92,12 @@ def parse_words(words: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     status, sentence, prog = 1, "", "hpccomm"
-    os.environ.setdefault("HPCCOMM_COMPILE", "wait")  # commands measure or show what programs get in the end
     prepare_output()
     try:
         args = parse_arguments(list(sys.argv[1:] if argv is None else argv))
         prog = f"hpccomm {args.command}"
+        if args.command in MEASURING:
+            os.environ.setdefault("HPCCOMM_COMPILE", "wait")
         status = int(args.run(args))
         sys.stdout.flush()
     except (KeyboardInterrupt, EOFError):  # Ctrl-C, or Ctrl-D where a question was asked
@@ -101,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         leave_reader()
     except (HpccommError, ImportError, RuntimeError, OSError, MemoryError) as error:
-        sentence = f"{prog}: {explain(error)}\n"
+        status, sentence = getattr(error, "exit_status", 1), f"{prog}: {explain(error)}\n"
     except SystemExit:  # help, or an error in the arguments
         try:
             sys.stdout.flush()

@@ -31,7 +31,7 @@ from hpccomm.calls.plans import Plan, call_key
 from hpccomm.calls.reader import is_in_place
 from hpccomm.calls.watchdog import FLUSH_SECONDS, list_waiting
 from hpccomm.context import Context, Once, PlanCache, context_of, unwrap
-from hpccomm.errors import ArgumentError, HpccommError, LaunchError, MismatchError
+from hpccomm.errors import ArgumentError, HpccommError, LaunchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout
 from hpccomm.named_reductions import run_named
@@ -807,46 +807,63 @@ _hooks: list[Any] = []
 
 
 def install_abort_hook() -> None:
-    """Make an uncaught exception on one rank print its traceback and abort all ranks.
+    """Make an uncaught exception on one rank print its traceback, or our sentence, and abort all ranks.
 
-    A hook that the program has set before is called first.  ``HPCCOMM_EXCEPTHOOK=off`` leaves ``sys.excepthook`` alone.
+    A hook that the program has set before is called first; on a single rank it stays alone.
+    ``HPCCOMM_EXCEPTHOOK=off`` leaves ``sys.excepthook`` alone.
     """
-    if _hooks or MPI.COMM_WORLD.size == 1 or os.environ.get("HPCCOMM_EXCEPTHOOK") == "off":
+    previous, process, alone = sys.excepthook, os.getpid(), MPI.COMM_WORLD.size == 1
+    if _hooks or os.environ.get("HPCCOMM_EXCEPTHOOK") == "off" or (alone and previous is not sys.__excepthook__):
         return
-    previous, process = sys.excepthook, os.getpid()
     _hooks.append(previous)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if os.getpid() != process:  # a child of fork is no rank
+            return previous(kind, error, trace)
+        if alone:
+            lines = describe_error("", error, trace)
+            if lines:
+                return write_lines(lines)
             return previous(kind, error, trace)
         try:
             if previous is not sys.__excepthook__:
                 previous(kind, error, trace)
         finally:
             lines = describe_failure(MPI.COMM_WORLD.rank, error, trace)
-            os.write(2, lines.encode(errors="replace"))  # a library may have redirected sys.stderr
+            write_lines(lines)
             with suppress(Exception):  # nothing may keep this rank from ending the others
-                os.write(2, list_waiting(WAITING_SECONDS).encode(errors="replace"))
+                write_lines(list_waiting(WAITING_SECONDS))
             time.sleep(FLUSH_SECONDS)
             MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook
 
 
-def describe_failure(rank: int, error: BaseException, trace: TracebackType | None) -> str:
-    """What a rank prints of an uncaught exception: of a mistake of ours a sentence and the program's own line.
+def write_lines(lines: str) -> None:
+    """Write to stderr, also where a library has redirected ``sys.stderr``."""
+    os.write(2, lines.encode(errors="replace"))
 
-    The sentence of a mismatch, which all ranks see, is printed by one of them.  ``HPCCOMM_TRACEBACK=full`` prints all.
+
+def describe_failure(rank: int, error: BaseException, trace: TracebackType | None) -> str:
+    """What a rank prints of an uncaught exception: of a mistake of ours a sentence and the program's own line."""
+    head = f"rank {rank} aborts all ranks: "
+    return describe_error(head, error, trace) or (
+        f"[hpccomm] {head}uncaught exception:\n{''.join(traceback.format_exception(type(error), error, trace))}"
+    )
+
+
+def describe_error(head: str, error: BaseException, trace: TracebackType | None) -> str:
+    """The sentence of an error of ours, which one of the ranks that have it prints, and the program's own line.
+
+    Empty for other errors, and with ``HPCCOMM_TRACEBACK=full``.
     """
-    head = f"[hpccomm] rank {rank} aborts all ranks: "
     frames = [each for each in traceback.extract_tb(trace) if not each.filename.startswith(PACKAGE)]
     if not isinstance(error, HpccommError) or not frames or os.environ.get("HPCCOMM_TRACEBACK") == "full":
-        return f"{head}uncaught exception:\n{''.join(traceback.format_exception(type(error), error, trace))}"
+        return ""
     libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
     at = next((each for each in reversed(frames) if not each.filename.startswith(libraries)), frames[-1])
-    place = f"{head}{type(error).__name__} in {at.filename}:{at.lineno}: {at.line}\n"
-    sentence = f"[hpccomm] {error}\n"
-    return sentence + place if not isinstance(error, MismatchError) or claim_report() else place
+    place = f"[hpccomm] {head}{type(error).__name__} in {at.filename}:{at.lineno}: {at.line}\n"
+    return f"[hpccomm] {error}\n{place}" if claim_report(str(error)) else place
 
 
 WAITING_SECONDS = 0.3

@@ -362,11 +362,11 @@ class Context:
             for each in list(self.users):
                 each.close()
 
-    def begin_issued(self, fingerprint: Fingerprint) -> Call:
+    def begin_issued(self, fingerprint: Fingerprint, nbytes: int) -> Call:
         """Record a call that a progress thread makes; a context manager."""
         if self.issued is None:
             self.issued = Comm(recorder(), -self.recorded.number, self.recorded.text)
-        return Call(self.issued, f"{fingerprint.uncounted}")
+        return Call(self.issued, f"{fingerprint.uncounted}", nbytes)
 
     @property
     def shared_memory(self) -> SharedMemory | None:

@@ -18,9 +18,14 @@ from __future__ import annotations
 class HpccommError(Exception):
     """The base class of all errors of hpccomm."""
 
+    exit_status = 1
+    """The status with which a command ends after this error."""
+
 
 class ArgumentError(HpccommError, ValueError):
-    """A wrong argument on this rank: buffer, count, datatype, root, operation or algorithm."""
+    """A wrong argument on this rank: buffer, count, datatype, root, operation or algorithm; or of a command."""
+
+    exit_status = 2
 
 
 class MismatchError(HpccommError, RuntimeError):

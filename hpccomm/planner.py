@@ -78,10 +78,10 @@ class Planner(Member):
             context.consistency.settle()
         plans.stage = context.stage
         context.users.add(plans)
-        if context.awaits_code or why_no_entry(self.size) or (memory and not memory.compiled):
-            return
         if memory is None and context.settings["HPCCOMM_COMPILE"] != "wait" and not objects.complete():
             return  # nothing else needs the compiler now
+        if context.awaits_code or why_no_entry(self.size) or (memory and not memory.compiled):
+            return
         meeting = self.bind_shared(Fingerprint("Barrier"), memory.bind_entry_barrier) if memory else None
         recorded = context.recorded.place
         plans.entry = Entry(plans.doors, self.rank, self.size, memory, context.consistency, meeting, recorded)

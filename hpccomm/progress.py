@@ -24,6 +24,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from hpccomm.calls.consistency import claim_report
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.calls.watchdog import EXIT_SECONDS, FLUSH_SECONDS, log_line
 from hpccomm.context import Context, create_private_comm
@@ -37,10 +38,14 @@ DRIVE_SECONDS = 5e-4
 class Call:
     """A call under way: a future.  ``description`` names it in errors."""
 
-    def __init__(self, function: Callable[[Any], Any], description: str | Fingerprint, rank: int) -> None:
+    def __init__(
+        self, function: Callable[[Any], Any], description: str | Fingerprint, rank: int, nbytes: int = 0
+    ) -> None:
         self.text = f"rank {rank}: {description}"
         self.fingerprint = description if isinstance(description, Fingerprint) else Fingerprint(description)
         self.algorithm = "auto"
+        self.nbytes = nbytes
+        """The bytes of the call's array for the flight recorder, if they are known."""
         self.blocking_calls = self.number = 0
         """How many blocking calls this rank has made before it; its number among the others of its communicator."""
         self.error: BaseException | None = None
@@ -79,8 +84,7 @@ class Call:
             self._result = self._function(find_channel(self))
         except BaseException as error:
             self.error = error
-            lines = "".join(traceback.format_exception(error))
-            os.write(2, f"[hpccomm] {self.text} has failed:\n{lines}".encode(errors="replace"))
+            os.write(2, describe_failure(self.text, error).encode(errors="replace"))
         self._function = None
 
     def finish(self) -> None:
@@ -89,6 +93,13 @@ class Call:
             self.requests[-1].Complete()
         self.requests = ()
         self._complete.set()
+
+
+def describe_failure(text: str, error: BaseException) -> str:
+    """What is printed of a call that has failed: of an error of ours its sentence, by one of the ranks that have it."""
+    if isinstance(error, HpccommError) and os.environ.get("HPCCOMM_TRACEBACK") != "full":
+        return f"[hpccomm] {error}\n" if claim_report(str(error)) else ""
+    return f"[hpccomm] {text} has failed:\n{''.join(traceback.format_exception(error))}"
 
 
 class Queue:
@@ -119,7 +130,7 @@ class Queue:
         self._thread = threading.get_ident()
         while self.calls:
             call = self.calls[0]
-            with self._context.begin_issued(call.fingerprint):
+            with self._context.begin_issued(call.fingerprint, call.nbytes):
                 call.run(self._find_channel)
             with _state.lock:
                 if len(self.calls) == 1:
@@ -192,6 +203,7 @@ def submit(
     text: str | Fingerprint = "a submitted function",
     wrap: Callable[[Call], Any] = lambda call: call,
     here: bool = False,
+    nbytes: int = 0,
 ) -> Any:
     """Run ``function(channel)`` beside the program, after what was issued on ``comm`` before; returns a future.
 
@@ -199,13 +211,14 @@ def submit(
     calls.  ``channel`` is a Communicator of the same ranks on which the function makes blocking calls, as many as it
     likes, and which no other thread uses; the function must not call ``comm``.  The future has ``wait()``, which sleeps
     until the function has returned and gives its result or raises its exception, and ``done()``.  ``function`` and
-    what it refers to are kept alive until then; arrays must not be changed before.  ``text`` names the call in errors.
-    ``wrap`` turns the future into what is returned, before the call begins.
+    what it refers to are kept alive until then; arrays must not be changed before.  ``text`` names the call in errors;
+    ``nbytes`` are the bytes of its array, for timelines.  ``wrap`` turns the future into what is returned, before the
+    call begins.
 
     A blocking call on ``comm`` waits for all submitted functions.  Where no thread may call MPI (:func:`has_thread`),
     on a single rank, and with ``here``, the function runs at once, on ``comm`` itself.
     """
-    call = Call(function, text, comm.rank)
+    call = Call(function, text, comm.rank, nbytes)
     future = wrap(call)
     if here or comm.size == 1 or not has_thread():
         call.run(lambda call: comm)

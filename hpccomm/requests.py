@@ -33,6 +33,7 @@ from hpccomm.calls.entry import FREED
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.calls.reader import Reader, is_in_place
 from hpccomm.errors import ArgumentError, HpccommError
+from hpccomm.observe.flight_recorder import count_bytes
 from hpccomm.progress import Call as IssuedCall
 from hpccomm.progress import has_thread, submit
 from hpccomm.transports.polling import pause
@@ -166,7 +167,8 @@ def start_ours(comm: Any, name: str, given: dict[str, Any], blocking: Callable[.
             for each in copies:
                 each.Free()
 
-    return submit(comm, function, fingerprint, begin_request)  # type: ignore[no-any-return]
+    nbytes = count_bytes([*list_arrays(given)])
+    return submit(comm, function, fingerprint, begin_request, nbytes=nbytes)  # type: ignore[no-any-return]
 
 
 def list_arrays(given: dict[str, Any]) -> Iterable[Any]:
@@ -237,7 +239,7 @@ def start_native(comm: Any, name: str, given: dict[str, Any], native: Callable[.
     compare = compare_quietly(comm, fingerprint)
     request = ComparedRequest(native(comm, *arguments.values()))
     request.compare, request.buffers = compare, tuple(given.values())
-    request.record = partial(comm.context.call, spelling, inside=True)
+    request.record = partial(comm.context.call, spelling, *list_arrays(given), inside=True)
     return request
 
 

@@ -137,7 +137,7 @@ def test_a_bandwidth_below_the_required_one_is_a_failure() -> None:
 )
 def test_only_rank_0_reports_a_mistake(ranks: int, line: str, words: str) -> None:
     done = bench(ranks, line)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count(words) == 1
 

@@ -50,7 +50,7 @@ def test_a_command_that_does_not_exist_ends_with_status_2_and_the_list(
 
 
 def test_an_hpccomm_error_is_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", "spiral"]) == 1
+    assert main(["verify", "spiral"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("hpccomm verify: ")
     assert "Traceback" not in said

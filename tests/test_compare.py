@@ -128,7 +128,7 @@ def test_the_command_prints_one_table_and_writes_files(
 def test_it_is_not_started_by_a_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    assert main(["bench", "compare"]) == 1
+    assert main(["bench", "compare"]) == 2
     assert "without mpirun" in capsys.readouterr().err
 
 

@@ -618,7 +618,7 @@ def test_kernels_in_flight_on_a_side_stream_are_never_overtaken(ours: Any) -> No
 
 def test_an_error_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing() -> Any:
-        raise hpccomm.TransportError("CuPy is not installed: pip install 'hpccomm[cuda12]'")
+        raise hpccomm.TransportError("CuPy is not installed: pip install cupy-cuda12x")
 
     monkeypatch.setattr(cuda, "device", nothing)
     x = FakeDevice().array(np.zeros(3))

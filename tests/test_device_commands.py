@@ -113,7 +113,7 @@ def test_without_a_device_bench_says_so_once() -> None:
     done = run_under_mpi(2, "-m", "hpccomm", "bench", "allreduce", "-d", "cuda", timeout=60)
     if not cuda.unavailable_reason():
         pytest.skip("there is a device on this machine")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("hpccomm bench: -d cuda needs a device, rank 0 has none") == 1
     assert "leave -d out to measure host memory" in done.stderr
@@ -164,6 +164,7 @@ def test_info_names_the_device_and_its_transports(device: FakeDevice, monkeypatc
 
 def test_one_rank_without_a_device_is_named() -> None:
     comm: Any = SimpleNamespace(size=2, rank=0, allgather=lambda mine: ["", NONE])
+    comm.private_comm = comm
     assert info.gpu(comm) == {"device": f"none on rank 1: {NONE}"}
     comm.context = SimpleNamespace(node=SimpleNamespace(rank=0))
     with pytest.raises(ArgumentError, match="flag needs a device, rank 1 has none"):

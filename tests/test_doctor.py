@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,7 +129,13 @@ FAULTS = [
     Fault("tuning", "fault", "no tuning table", "hpccomm tune", write("table.json", "{")),
     Fault("tuning", "note", "none for this machine", "hpccomm tune", variables={"HPCCOMM_TUNING": ""}),
     Fault("tuning", "note", "own algorithms", "unset HPCCOMM_TUNING", variables={"HPCCOMM_TUNING": "off"}),
-    Fault("compiled functions", "note", "1 function not compiled", "hpccomm warm", parts=UNCOMPILED),
+    Fault(
+        "compiled functions",
+        "note",
+        f"1 of {len(doctor.objects.EMITTED)} functions not compiled",
+        "hpccomm warm",
+        parts=UNCOMPILED,
+    ),
     Fault("compiled functions", "fault", "no folder", "HPCCOMM_CACHE", parts=UNCOMPILED | {"writable_folder": list}),
     Fault(
         "Slurm",
@@ -138,7 +146,7 @@ FAULTS = [
         {"run": say("none\npmi2\nsum 8.0\n")},
         {"PATH": "{}/bin"},
     ),
-    Fault("CUDA", "note", "1 device, CuPy is missing", "pip install 'hpccomm[cuda12]'", write("dev/nvidia0", "")),
+    Fault("CUDA", "note", "1 device, CuPy is missing", "pip install cupy-cuda12x", write("dev/nvidia0", "")),
     Fault("a job", "fault", "failed: no slots", "hpccomm-run", parts={"run": say("a page of text\nno slots\n", 1)}),
 ]
 
@@ -182,6 +190,31 @@ def test_a_device_that_mpi_cannot_read_is_named(healthy: dict[str, Any], monkeyp
         assert (finding.state, words in finding.text) == (state, True)
 
 
+@pytest.mark.parametrize("missing", [[], ["enter"]])
+def test_the_job_of_doctor_compiles_nothing(missing: list[str], healthy: dict[str, Any]) -> None:
+    started: list[str] = []
+
+    def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+        started.append(words[-1])
+        return say("sum 8.0\n")(words)
+
+    finding = CHECKS["a job"](Host(**(healthy | {"run": run, "missing_functions": lambda: missing})))
+    assert finding.state == "ok"
+    assert ("not compiled" in finding.text) == bool(missing)
+    assert ["HPCCOMM_SHARED_MEMORY" in each for each in started] == [bool(missing)]
+
+
+@pytest.mark.slow
+def test_doctor_on_a_machine_without_compiled_functions_compiles_none(tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "HPCCOMM_COMPILE"}
+    environ["HPCCOMM_CACHE"] = str(tmp_path)
+    command = [sys.executable, "-m", "hpccomm", "doctor"]
+    done = subprocess.run(command, env=environ, check=False, capture_output=True, text=True, timeout=120)
+    assert f"{len(doctor.objects.EMITTED)} of {len(doctor.objects.EMITTED)} functions not compiled" in done.stdout
+    assert "summed right, by messages" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("state", command.MARKS)
 def test_a_line_has_the_mark_and_the_cure_below(state: str) -> None:
     mark = command.MARKS[state][0]
@@ -202,7 +235,7 @@ def test_doctor_under_a_launcher_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    assert main(["doctor"]) == 1
+    assert main(["doctor"]) == 2
     assert "without a launcher" in capsys.readouterr().err
 
 

@@ -82,6 +82,17 @@ def test_without_an_mpi_a_command_says_how_to_get_one(command: str) -> None:
     assert "load your site's MPI module" in done.stderr
 
 
+@pytest.mark.parametrize("setting", ["", "wait", "background"])
+def test_info_shows_the_memory_in_use_and_only_the_settings_that_were_made(setting: str) -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "HPCCOMM_COMPILE"}
+    environ |= {"HPCCOMM_COMPILE": setting} if setting else {}
+    done = run_under_mpi(2, "-m", "hpccomm", "info", "--json", timeout=60, environ=environ)
+    found = json.loads(done.stdout)
+    assert found["Transports"]["shared memory"] == "in use"
+    assert found["Settings"]["HPCCOMM_COMPILE"] == (setting or "not set")
+    assert any(each.startswith("shared: ") for each in found["Decisions for allreduce (float32)"].values())
+
+
 # --- wrong turns -----------------------------------------------------------------------------------
 
 
@@ -134,7 +145,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_work(
     words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.json").write_text("{}")
-    assert main([word.format(tmp_path) for word in words]) == 1
+    assert main([word.format(tmp_path) for word in words]) == 2
     assert sentence.format(tmp_path) in capsys.readouterr().err
 
 
@@ -181,7 +192,7 @@ def test_results_that_cannot_be_written_are_refused_before_the_first_measurement
         ("predict allreduce --rate fast", "'fast' is no rate: write 100gbit or 12.5GB"),
         ("predict allreduce --density much", "--density 'much': give a number"),
         ("slurm init --out {}/no/job", "does not exist: create it or name another file"),
-        ("slurm init --out {} --force", "give a file, not a folder"),
+        ("slurm init --out {} --force", "this is a folder: name a file"),
         ("slurm init --nodes none", "--nodes"),
         ("slurm", "missing: action (hpccomm slurm --help)"),
         ("stacks 999999999", "belongs to no job of yours"),
@@ -190,6 +201,10 @@ def test_results_that_cannot_be_written_are_refused_before_the_first_measurement
         ("tune", "one rank has nothing to tune: use more"),
         ("bench", "the name of a benchmark is missing"),
         ("bench allreduce", "at least two processes: hpccomm-run -n 2"),
+        ("bench osu_allreduce --nosuch", "unrecognized arguments: --nosuch"),
+        ("bench osu_iallreduce", "iallreduce: non-blocking calls are not measured: use allreduce"),
+        ("bench osu_ibcast -m 4:8", "ibcast: non-blocking calls are not measured: use bcast"),
+        ("bench compare --nosuch", "unrecognized arguments: --nosuch"),
         ("bench latency", "exactly two processes: hpccomm-run -n 2"),
         ("bench allreduce -m 64:4", "there is no size from 64 to 4 bytes"),
         ("bench allreduce -i many", "give 1 or more"),
@@ -210,7 +225,7 @@ def test_a_wrong_turn_is_answered_in_one_line_with_the_cure(
     except SystemExit as end:
         status = int(end.code or 0)
     out, said = capsys.readouterr()
-    assert status
+    assert status == 2
     assert sentence in said
     assert said.count("\n") == 1
     assert "Traceback" not in said + out
@@ -245,7 +260,7 @@ def test_a_wrong_turn_at_the_launcher_is_answered_in_one_line_with_the_cure(
     except SystemExit as end:
         status = int(end.code or 0)
     said = capsys.readouterr().err
-    assert status
+    assert status == (1 if "memory" in sentence else 2)
     assert sentence in said
     assert said.count("\n") == 1
 

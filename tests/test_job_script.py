@@ -140,8 +140,8 @@ def test_the_command_writes_a_job_and_nothing_over_another(tmp_path: Path, capsy
     words = ["slurm", "init", "--nodes", "3", "--out", str(out)]
     assert main(words) == 0
     assert "--nodes=3" in out.read_text()
-    assert main(words) == 1
+    assert main(words) == 2
     assert "exists: name another file, or add --force" in capsys.readouterr().err
     assert main([*words, "--force"]) == 0
-    assert main(["slurm", "init", "--nodes", "none", "--out", str(tmp_path / "b")]) == 1
+    assert main(["slurm", "init", "--nodes", "none", "--out", str(tmp_path / "b")]) == 2
     assert not (tmp_path / "b").exists()

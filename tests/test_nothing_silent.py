@@ -413,12 +413,33 @@ def run_job(ranks: int, body: str, seconds: float = 90.0) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_mismatch_prints_its_sentence_first_and_few_lines() -> None:
-    status, said = run_job(3, 'comm.Allreduce(x, np.empty(4), MPI.MAX if odd else MPI.SUM, algorithm="shared")')
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (
+            'comm.Allreduce(x, np.empty(4), MPI.MAX if odd else MPI.SUM, algorithm="shared")',
+            "ranks 0, 2 called Allreduce(sum, 4 float64, algorithm=shared), rank 1 called Allreduce(max, 4 float64",
+        ),
+        (
+            "comm.Bcast(x) if odd else comm.Allreduce(x, np.empty(4))",
+            "ranks 0, 2 called Allreduce, rank 1 called Bcast:",
+        ),
+        (
+            "comm.Iallreduce(x, np.empty(4), MPI.MAX if odd else MPI.SUM).Wait()",
+            "ranks 0, 2 called Iallreduce(sum, 4 float64), rank 1 called Iallreduce(max, 4 float64)",
+        ),
+        ("comm.Bcast(x, comm.size)", ": Bcast: root 3 is not a rank: pass one of 0 … 2"),
+        ("comm.Ibcast(x, comm.size)", ": Ibcast: root 3 is not a rank: pass one of 0 … 2"),
+        ("hpccomm.allreduce(x, op='nonsense', comm=comm)", "op='nonsense' is not an operation"),
+    ],
+)
+def test_a_mistake_of_all_ranks_prints_its_sentence_once_and_a_line_for_each_rank(body: str, sentence: str) -> None:
+    status, said = run_job(3, body)
     ours = [line for line in said.splitlines() if "hpccomm" in line]
     assert status != 0
-    assert ours[0].startswith("[hpccomm] ranks 0, 2 called Allreduce(sum, 4 float64"), said
-    assert "rank 1 called Allreduce(max, 4 float64" in ours[0]
+    assert ours[0].startswith("[hpccomm] "), said
+    assert said.count(sentence) == 1, said
+    assert sentence in ours[0]
     assert "Traceback" not in said
     assert len(ours) <= 2 * 3
 

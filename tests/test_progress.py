@@ -106,7 +106,7 @@ def test_calls_that_differ_are_named(comm: Communicator) -> None:
 @pytest.mark.mpi(sizes=(2, 3))
 def test_first_calls_of_different_kinds_are_named(comm: Communicator) -> None:
     new = Communicator(comm.Dup())
-    with pytest.raises(MismatchError, match=r"rank 0 called a submitted function\(\), ranks? [12].* called Barrier"):
+    with pytest.raises(MismatchError, match=r"rank 0 called a submitted function, ranks? [12].* called Barrier"):
         progress.submit(new, sum_on(2)).wait() if comm.rank == 0 else new.Barrier()
     comm.Barrier()
 

@@ -19,7 +19,7 @@ gtc dgc onebit_sgd onebit_adam onebit_lamb ef_signsgd powersgd
 bmuf bmuf_adam hybrid local_sgd post_local_sgd slowmo diloco
 mics zero data_parallel lars lamb scale_by_trust_ratio ParameterServer
 none cast threshold topk randomk onebit sign_majority ternary qsgd natural low_rank
-save load save_set load_set state_dict load_state_dict for_ranks
+save load save_set load_set save_shards load_shards state_dict load_state_dict for_ranks
 HpccommError ArgumentError LaunchError MismatchError ScheduleError TransportError
 """
 

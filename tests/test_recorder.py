@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+import hpccomm
 from hpccomm import ArgumentError, Communicator, context
 from hpccomm.__main__ import main
 from hpccomm.cluster.nodes import Cluster, unavailable_reason
@@ -283,7 +284,7 @@ def test_stacks_shows_all_ranks_of_a_running_job(capsys: pytest.CaptureFixture[s
 
 def test_stacks_refuses_a_process_of_no_job(capsys: pytest.CaptureFixture[str]) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        assert main(["stacks", str(process.pid)]) == 1
+        assert main(["stacks", str(process.pid)]) == 2
         process.send_signal(signal.SIGKILL)
     assert "pass that of a rank" in capsys.readouterr().err
 
@@ -329,7 +330,8 @@ def test_every_call_is_recorded_whoever_takes_it(comm: Communicator) -> None:
         "Bcast": (lambda: comm.Bcast(x), 48),
         "Gather": (lambda: comm.Gather(x, big), 48),
         "Barrier": (comm.Barrier, 0),
-        "allreduce": (lambda: comm.allreduce(1), 0),
+        "allreduce": (lambda: comm.allreduce(x), 48),
+        "allgather": (lambda: comm.allgather(1), 0),
         "sparse_allgather": (lambda: comm.sparse_allgather(np.zeros(1, "u4"), np.ones(1, "f4"), 9), 4),
     }
     before = comm.context.recorded.counts[0]
@@ -343,6 +345,25 @@ def test_every_call_is_recorded_whoever_takes_it(comm: Communicator) -> None:
     assert [each.nbytes for each in found] == [nbytes for _, nbytes in calls.values() for _ in range(4)]
     assert all(0 < each.begin <= each.end for each in found)
     assert not [each for each in recorder().ring.running() if each.comm == number]
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_non_blocking_calls_are_recorded_with_their_bytes(comm: Communicator) -> None:
+    comm = comm.Dup()
+    x, y, big = np.ones(6), np.empty(6), np.empty(6 * comm.size)
+    calls: list[tuple[str, Any, int]] = [
+        ("Iallreduce", lambda: comm.Iallreduce(x, y).Wait(), 48),
+        ("Iallreduce", lambda: comm.Iallreduce(MPI.IN_PLACE, [y, MPI.DOUBLE]).Wait(), 48),
+        ("Iallgather", lambda: comm.Iallgather(x, big).Wait(), 48),
+        ("Ibcast", lambda: comm.Ibcast(big).Wait(), 48 * comm.size),
+        ("Ibarrier", lambda: comm.Ibarrier().Wait(), 0),
+        ("allreduce", lambda: hpccomm.allreduce(x, comm=comm, wait=False).wait(), 48),
+    ]
+    for _, call, _ in calls:
+        call()
+    issued = -comm.context.recorded.number
+    found = [(each.name, each.nbytes) for each in recorder().ring.events() if each.comm == issued]
+    assert found == [(name, nbytes) for name, _, nbytes in calls]
     comm.Free()
 
 

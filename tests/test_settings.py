@@ -90,7 +90,7 @@ def test_the_launcher_says_in_one_sentence_that_a_script_does_not_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert launcher.main(["-n", "2", "nosuch.py"]) == 1
+    assert launcher.main(["-n", "2", "nosuch.py"]) == 2
     said = capsys.readouterr()
     assert said.err == f"hpccomm-run: nosuch.py does not exist in {tmp_path}: pass the path of a script\n"
     assert said.out == ""
@@ -124,7 +124,40 @@ def test_the_excepthook_can_be_switched_off_and_calls_the_programs_own(setting: 
     assert ("kept" in done.stdout) == (setting == "off")
 
 
-def test_a_single_process_keeps_its_excepthook() -> None:
-    code = "import sys; h = sys.excepthook; import hpccomm; from mpi4py import MPI\n"
-    code += "hpccomm.Communicator(MPI.COMM_WORLD); assert sys.excepthook is h"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+SINGLE = """
+import sys
+import numpy as np
+from mpi4py import MPI
+import hpccomm
+{before}
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+{mistake}
+"""
+
+
+@pytest.mark.parametrize(
+    ("mistake", "before", "setting", "lines"),
+    [
+        ("comm.Bcast(np.ones(1), 3)", "", "short", ["[hpccomm] rank 0: Bcast: root 3", "[hpccomm] ArgumentError in "]),
+        (
+            "comm.Ibcast(np.ones(1), 3)",
+            "",
+            "short",
+            ["[hpccomm] rank 0: Ibcast: root 3", "[hpccomm] ArgumentError in "],
+        ),
+        ("comm.Bcast(np.ones(1), 3)", "", "full", ["Traceback"]),
+        ("comm.Bcast(np.ones(1), 3)", "sys.excepthook = lambda *_: print('own', file=sys.stderr)", "short", ["own"]),
+        ("1 / 0", "", "short", ["Traceback"]),
+    ],
+)
+def test_a_single_process_prints_the_sentence_of_our_errors_alone(
+    mistake: str, before: str, setting: str, lines: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "single.py").write_text(SINGLE.format(mistake=mistake, before=before))
+    environ = {**os.environ, "HPCCOMM_TRACEBACK": setting}
+    command = [sys.executable, str(tmp_path / "single.py")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=environ)
+    said = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert [line for line, begin in zip(said, lines, strict=False) if line.startswith(begin)] == said[: len(lines)]
+    assert len(said) == len(lines) or lines == ["Traceback"]

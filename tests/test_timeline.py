@@ -14,11 +14,11 @@ from mpi4py import MPI
 
 from hpccomm import Communicator
 from hpccomm.__main__ import main
-from hpccomm.errors import ArgumentError, LaunchError
+from hpccomm.errors import ArgumentError
 from hpccomm.launcher import trace_into
 from hpccomm.observe import report
 from hpccomm.observe.flight_recorder import Event, Recorder, count_bytes
-from hpccomm.observe.timeline import build, last_ranks
+from hpccomm.observe.timeline import build, by_call, last_ranks, list_meetings
 from hpccomm.performance.units import format_ranges
 from hpccomm.testing.jobs import run_under_mpi
 
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_start(tmp_path: Pat
     assert trace_into(None) == {}
     assert trace_into(tmp_path / "x.json") == {"HPCCOMM_TIMELINE": str(tmp_path / "x.json")}
     for path in (tmp_path / "no" / "x.json", tmp_path):
-        with pytest.raises(LaunchError, match="name a file in a folder that exists"):
+        with pytest.raises(ArgumentError, match="name a file in a folder that exists"):
             trace_into(path)
 
 
@@ -147,6 +147,11 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_start(tmp_path: Pat
 
 def event(name: str, begin: int, end: int, call: int = 1) -> Event:
     return Event(f"{name}(sum, float32)", begin, end, 8, "ranks 0-1", 7, call)
+
+
+def find_last(events: list[list[Event]]) -> dict[tuple[int, int], Any]:
+    """By call the rank that began it last, and when."""
+    return dict(by_call(last_ranks([list_meetings(one, rank) for rank, one in enumerate(events)])))
 
 
 def test_clocks_are_aligned_before_ranks_are_compared() -> None:
@@ -164,12 +169,13 @@ def test_clocks_are_aligned_before_ranks_are_compared() -> None:
 def test_calls_that_do_not_meet_have_no_waiting() -> None:
     events = [[event("Bcast", 0, 9)], [event("Bcast", 50, 60)]]
     assert not [each for each in build(events, [0, 0], ["a", "a"], [0, 1])["traceEvents"] if each.get("cat") == "wait"]
-    assert last_ranks(events, [0, 1]) == {}
+    assert find_last(events) == {}
 
 
 def test_inner_calls_are_not_matched() -> None:
     events = [[event("Allreduce", 5, 9, -1), event("Allreduce", 0, 10)], [event("Allreduce", 2, 10)]]
-    assert last_ranks(events, [0, 1])[7, 1] == (1, 2)
+    assert find_last(events) == {(7, 1): (1, 2)}
+    assert find_last([events[1], events[1]]) == {(7, 1): (0, 2)}  # at the same time: the lowest
 
 
 def test_an_empty_trace_is_a_trace() -> None:
@@ -283,6 +289,7 @@ def test_sizes_are_grouped_and_zero_is_its_own_group() -> None:
     sizes = (0, 1, 4, 15, 16)
     calls = [report.Slice(0, "Allreduce", "collective", float(k), 0.5, n, -1) for k, n in enumerate(sizes)]
     text = report.size_table(calls)
-    assert [text.count(f"<td>{each}</td>") for each in ("no bytes known", "from 1 B", "from 4 B", "from 16 B")] == [
-        1
-    ] * 4
+    assert [
+        text.count(f"<td>{each}</td>")
+        for each in ("not known: objects, or no data", "from 1 B", "from 4 B", "from 16 B")
+    ] == [1] * 4

@@ -518,7 +518,7 @@ MISTAKES: dict[str, tuple[Callable[[int, int], Any], type[Exception], str]] = {
     "collective": (
         lambda rank, size: dist.barrier() if rank == 1 else dist.all_reduce(torch.ones(8)),
         MismatchError,
-        r"(Barrier\(\).*Allreduce\(|Allreduce\(.*Barrier\(\))",
+        r"(Barrier\b.*Allreduce\(|Allreduce\(.*Barrier\b)",
     ),
     **{
         f"{name} and sum in {where}": (

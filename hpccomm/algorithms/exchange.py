@@ -7,13 +7,13 @@ numbers of samples, each rank weights its gradient before the exchange.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from hpccomm.algorithms import transforms
+from hpccomm.algorithms.agreement import find_odd_ranks
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport
 from hpccomm.algorithms.states import Scratch
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, apply_if_finite, chain, descend
@@ -38,11 +38,12 @@ class MeanState(NamedTuple):
         return MessageReport(self.total.nbytes * sent, self.total.size * sent, path="dense" if sent else "")
 
 
-def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
+def mean(comm: MPI.Intracomm, algorithm: str = "auto", *, bucket: Bucket | None = None) -> Transform:
     """The arithmetic mean of the gradients of all ranks, on all of them with the same bits.
 
     float16 and bfloat16 on the host travel in 16 bits, are added in float32 in rank order, and rounded once; on a
-    device, and by a named algorithm, they are widened to float32.  A single rank sends nothing.
+    device, and by a named algorithm, they are widened to float32.  A single rank sends nothing.  A flat vector has no
+    names: with its ``bucket`` the ranks compare their tensors, as they do for trees.
     """
     named: dict[str, Any] = {} if algorithm == "auto" else {"algorithm": algorithm}
 
@@ -68,7 +69,7 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(state.total.nbytes, comm.size))
         return narrow(state.total / comm.size, gradient.dtype), MeanState(state.total, state.report.add(cost))
 
-    return Transform(init, update)
+    return Transform(init, update, bucket, comm=comm)
 
 
 def elements_of_shards(n: int, ranks: int) -> int:
@@ -119,7 +120,7 @@ def synchronous_sgd(
     mean that is not finite is skipped on all ranks (:func:`~hpccomm.apply_if_finite`).
     """
     parts = [decay_by(weight_decay, bucket), transforms.momentum(momentum, nesterov) if momentum else None, descend(lr)]
-    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))))
+    return chain(mean(comm, algorithm, bucket=bucket), apply_if_finite(chain(*(each for each in parts if each))))
 
 
 def synchronous_adam(
@@ -138,7 +139,7 @@ def synchronous_adam(
     ``bucket`` as in :func:`synchronous_sgd`; a mean that is not finite is skipped on all ranks.
     """
     parts = [transforms.adam(b1, b2, eps), decay_by(weight_decay, bucket), descend(lr)]
-    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))))
+    return chain(mean(comm, algorithm, bucket=bucket), apply_if_finite(chain(*(each for each in parts if each))))
 
 
 def decay_by(rate: float, bucket: Bucket | None) -> Transform | None:
@@ -149,11 +150,8 @@ def decay_by(rate: float, bucket: Bucket | None) -> Transform | None:
 
 def check_replicas(comm: MPI.Intracomm, vector: Vector) -> None:
     """Raise on all ranks unless every rank holds the same bits; 8 bytes from each rank are compared."""
-    digest = hashlib.blake2b(np.ascontiguousarray(vector).view(np.uint8).data, digest_size=8).digest()
-    digests = np.empty((comm.size, 8), np.uint8)
-    comm.Allgather(np.frombuffer(digest, np.uint8), digests)
-    odd = np.flatnonzero((digests != digests[0]).any(axis=1))
-    if odd.size:
+    odd = find_odd_ranks(comm, np.ascontiguousarray(vector).view(np.uint8).data)
+    if odd:
         raise MismatchError(
             f"rank {comm.rank}: the weights of ranks {', '.join(map(str, odd))} differ from those of rank 0: "
             "start all ranks from hpccomm.broadcast(weights), and let every rank take every step"

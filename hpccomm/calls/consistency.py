@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import threading
 import time
 import weakref
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -544,10 +546,11 @@ class ConsistencyTable:
         end = 8 * (self.members.index(rank) + 1) * self._stride
         return bytes(self._octets[end - REASON_BYTES : end]).rstrip(b" \0").decode(errors="replace")
 
-    def claim_report(self) -> bool:
-        """Whether no rank of this node has reported an error yet; from now on one has."""
-        first, self._words[REPORTED] = not self._words[REPORTED], 1
-        return first
+    def claim_report(self, bit: int) -> bool:
+        """Whether no rank of this node has reported an error with this bit yet; from now on one has."""
+        reported = self._words[REPORTED]
+        self._words[REPORTED] = reported | bit
+        return not reported & bit
 
     def watch_request(self, number: int, waits: bool) -> None:
         """Compare call ``number``, which MPI makes without blocking, unless this rank has made another one since.
@@ -707,10 +710,16 @@ _departure = Departure(_tables)
 os.register_at_fork(after_in_child=_tables.clear)
 
 
-def claim_report() -> bool:
-    """Whether no other rank of this node has reported an error that concerns all of them."""
-    first = True
+_reported = set[int]()
+"""The errors that this process has reported."""
+
+
+def claim_report(sentence: str) -> bool:
+    """Whether no rank of this node has reported this error yet; sentences that differ by numbers only are one error."""
+    bit = 1 << zlib.crc32(re.sub(r"\d+", "", sentence).encode()) % 62
+    first = bit not in _reported
+    _reported.add(bit)
     for table in list(_tables):
         with contextlib.suppress(ValueError):  # it is closed
-            first = table.claim_report() and first
+            first = table.claim_report(bit) and first
     return first

@@ -60,6 +60,7 @@ from hpccomm.kernels.entry.records import (
 from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
 from hpccomm.kernels.shared_memory.records import fill, offset_of
+from hpccomm.observe.flight_recorder import recorder
 
 MAX_RANKS = 256
 """Python has one object each for the integers up to 256, so a root is recognised by its address."""
@@ -364,6 +365,10 @@ class Entry:
         """Forget a call that has failed."""
         self._pending.value = 0
 
+    def record_bytes(self, nbytes: int) -> None:
+        """Record the bytes of the call that compiled code has begun, which has not read its array."""
+        recorder().record_bytes(int(self._record["event"]), nbytes)
+
     def _end_event(self) -> None:
         """Record the end of a call that compiled code has begun."""
         body.end_event(self._record.ctypes.data)  # type: ignore[no-untyped-call]
@@ -518,6 +523,8 @@ def python_addresses() -> dict[str, int]:
         "list_type": id(list),
         "tuple_type": id(tuple),
         "int_type": id(int),
+        "int64_type": id(np.int64),
+        "int32_type": id(np.int32),
         "none": id(None),
         "in_place": id(MPI.IN_PLACE),
         "answers": ANSWERS.ctypes.data,
@@ -526,8 +533,8 @@ def python_addresses() -> dict[str, int]:
     }
 
 
-ANSWERS = np.array([id(code) for code in range(64)])
-"""The addresses of the integers that a door returns; Python has one object for each."""
+ANSWERS = np.array([id(number) for number in range(MAX_RANKS)])
+"""The addresses of integers, which are answers of doors and ranks; Python has one object for each."""
 
 
 def item_size_offset() -> int:
@@ -566,7 +573,7 @@ def reads_objects() -> bool:
     }
     shape = load(id(array) + records.ARRAY_SHAPE)
     pair, row = [array, 7], (array, 7, 9)
-    void = np.dtype("V24")
+    void, scalars = np.dtype("V24"), (np.int64(-(1 << 40)), np.int32(77))
     return (
         ctypes.sizeof(ctypes.c_void_p) == 8
         and sys.byteorder == "little"
@@ -574,6 +581,8 @@ def reads_objects() -> bool:
         and load(id(array) + records.ARRAY_DIMENSIONS) & records.LOW_HALF == 2
         and [load(shape), load(shape + 8)] == [3, 5]
         and load(id(array) + records.ARRAY_FLAGS) & 0xFFFF == array.flags.num
+        and load(id(scalars[0]) + records.SCALAR_VALUE) == -(1 << 40)
+        and load(id(scalars[1]) + records.SCALAR_VALUE) & records.LOW_HALF == 77
         and load(id(void) + item_size_offset()) & records.LOW_HALF == 24
         and load(id(void) + records.DTYPE_KIND) & 0xFF == records.VOID_KIND
         and load(load(id(pair) + records.LIST_ITEMS)) == id(array)

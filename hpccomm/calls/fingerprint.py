@@ -71,7 +71,8 @@ class Fingerprint(NamedTuple):
         named = [f"{name}={value}" for name, value in (("root", self.root), ("algorithm", self.algorithm)) if value]
         order = ["Fortran order"] if self.order == "F" else []
         operands = [part for part in (self.op, amount) if part not in ("", UNKNOWN)]
-        return f"{self.collective}({', '.join(operands + order + named)})"
+        arguments = ", ".join(operands + order + named)
+        return f"{self.collective}({arguments})" if arguments else self.collective
 
     def encode(self) -> bytes:
         """The fingerprint as :data:`TEXT_BYTES` bytes for other ranks."""

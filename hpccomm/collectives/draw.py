@@ -80,7 +80,7 @@ def draw_schedule(
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'hpccomm[plot]'") from error
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
     columns = list(rounds(algorithm, p, *root))
     rows = [columns[k : k + MAX_COLUMNS] for k in range(0, len(columns), MAX_COLUMNS)] or [[]]
     width = max(len(rows[0]), 2)

@@ -95,6 +95,8 @@ def parse_command(args: argparse.Namespace, printer: Printer) -> BenchArguments 
         printer.print_line(f"{args.help_text()}\nbenchmarks: {', '.join(CASES)}")
         return None
     name, words, nccl = flags.read_name(args.collective or "", args.flags)
+    if name not in CASES and name[1:] in CASES and name[0] == "i":
+        raise ArgumentError(f"{name}: non-blocking calls are not measured: use {name[1:]}, which blocks")
     if name not in CASES:
         problem = f"there is no benchmark {name!r}" if name else "the name of a benchmark is missing"
         meant = "".join(f"; did you mean {each}?" for each in nearest(name, CASES))
@@ -113,7 +115,7 @@ def refuse(world: Any, printer: Printer, why: str) -> int:
     """Rank 0 prints an error that all ranks found; the barrier keeps the others from ending before that."""
     printer.print_error(why)
     world.Barrier()
-    return 1
+    return ArgumentError.exit_status
 
 
 def rank_count_error(command: BenchArguments, ranks: int) -> str:

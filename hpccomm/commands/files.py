@@ -27,12 +27,12 @@ def check_drawable(flag: str, file: Path) -> None:
     if file.suffix not in PICTURES:
         raise ArgumentError(f"{flag} {file}: the file must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
     check_folder(flag, file)
-    if file.is_dir():
-        raise ArgumentError(f"{flag} {file}: this is a folder: name a file")
 
 
 def check_folder(flag: str, file: Path | None) -> None:
-    """Raise for a file in a folder that does not exist."""
+    """Raise for a file in a folder that does not exist, and for a folder."""
+    if file and file.is_dir():
+        raise ArgumentError(f"{flag} {file}: this is a folder: name a file")
     if file and not file.parent.is_dir():
         raise ArgumentError(f"{flag} {file}: the folder {file.parent} does not exist: create it or name another file")
 

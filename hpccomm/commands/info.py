@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from hpccomm.launcher import read_launch_size
@@ -41,14 +42,17 @@ def run(args: argparse.Namespace) -> int:
 
     import hpccomm
 
+    given = dict(os.environ)
+    os.environ["HPCCOMM_COMPILE"] = "wait"  # shows what programs get in the end, and starts no compiler
     comm = hpccomm.Communicator(MPI.COMM_WORLD)
+    comm.context.prepare("hpccomm info")
     sections = {
         "Software": software(),
         "Launch": launch(comm),
         "Transports": transports(comm),
         "Machine": machine(comm),
         "GPU": gpu(comm),
-        "Settings": settings(comm),
+        "Settings": settings(comm, given),
         f"Decisions for {args.collective} (float32)": decisions(comm, args.collective),
     }
     if comm.rank == 0:
@@ -170,7 +174,7 @@ CACHES = {"l1": "L1", "l2": "L2", "l3": "last-level cache"}
 def machine(comm: Any) -> dict[str, str]:
     """What was probed of the cores of rank 0's node, and how shared memory moves bytes there (collective)."""
     from hpccomm.performance import probe
-    from hpccomm.performance.machine import DEFAULTS
+    from hpccomm.performance.machine import DEFAULTS, NEVER
 
     cores = sorted(set().union(*comm.context.node.allgather(os.sched_getaffinity(0))))
     found, memory = probe.load(cores), comm.context.node_memory
@@ -182,7 +186,10 @@ def machine(comm: Any) -> dict[str, str]:
     used = memory.parameters
     changed = {name: value for name, value in used._asdict().items() if value != getattr(DEFAULTS, name)}
     changed.pop("source", None)
-    words = ", ".join(f"{name}={value}" for name, value in changed.items()) or "those of the reference machine"
+    words = (
+        ", ".join(f"{name}={'never' if value == NEVER else value}" for name, value in changed.items())
+        or "those of the reference machine"
+    )
     single_copy = "permitted between the ranks of this node" if memory.reaches else "refused by the system"
     barriers = "each rank polls all others" if memory.size <= used.flat_ranks else "along a tree"
     return rows | {"parameters": f"{words}; from {used.source}", "single-copy": single_copy, "barriers": barriers}
@@ -219,7 +226,7 @@ def gpu(comm: Any) -> dict[str, str]:
     from hpccomm.errors import HpccommError
     from hpccomm.transports import cuda
 
-    missing = [(rank, why) for rank, why in enumerate(comm.allgather(cuda.unavailable_reason())) if why]
+    missing = [(rank, why) for rank, why in enumerate(comm.private_comm.allgather(cuda.unavailable_reason())) if why]
     if missing:
         rank, why = missing[0]
         return {"device": f"none: {why}" if len(missing) == comm.size else f"none on rank {rank}: {why}"}
@@ -231,11 +238,11 @@ def gpu(comm: Any) -> dict[str, str]:
         return rows | {"ways": str(error)}
 
 
-def settings(comm: Any) -> dict[str, str]:
-    """The environment variables of rank 0, and the tuning table in use."""
-    rows = {name: value or "not set" for name, value in comm.context.settings.items()}
-    rows["HPCCOMM_STALL_SECONDS"] = os.environ.get("HPCCOMM_STALL_SECONDS", "not set (default 60)")
-    rows["HPCCOMM_EXCEPTHOOK"] = os.environ.get("HPCCOMM_EXCEPTHOOK", "not set (default on)")
+def settings(comm: Any, given: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables of rank 0 as they were given, and the tuning table in use."""
+    rows = {name: given.get(name) or "not set" for name in comm.context.settings}
+    rows["HPCCOMM_STALL_SECONDS"] = given.get("HPCCOMM_STALL_SECONDS", "not set (default 60)")
+    rows["HPCCOMM_EXCEPTHOOK"] = given.get("HPCCOMM_EXCEPTHOOK", "not set (default on)")
     rows["tuning table"] = comm.context.table.source
     return rows
 

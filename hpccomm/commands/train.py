@@ -145,7 +145,7 @@ def flag_of(name: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train on all ranks; returns 0, or 2 for arguments that cannot be used."""
+    """Train on all ranks; returns 0, or the status of an error before the first step."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy loads its BLAS, whose threads would fight over cores
     from hpccomm.functional import communicator
 
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
         data = load_data(args, comm)
     except HpccommError as error:
         print_on_root(comm, f"hpccomm train: {error}\n", sys.stderr)
-        return 2
+        return error.exit_status
     runs: list[dict[str, Any]] = []
     for name in methods:
         result = LOOPS[METHODS[name].loop](name, args, data, comm)

@@ -82,12 +82,14 @@ def prepare_alone(names: list[str], folder: Path | None) -> None:
 
 
 def compile_in_processes(names: list[str], *, quiet: bool = False) -> None:
-    """Compile in one process a core, the longest first; where something is missing, the loops as well."""
+    """Compile in one process a core, the longest first; where something is missing, the loops before."""
     processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES, len(names))
     if not processes:
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        loops = [pool.submit(compile_loops, family) for family in LOOPS]
         futures: list[Future[int]] = [pool.submit(objects.address, name) for name in names]
-        futures += [pool.submit(compile_loops, family) for family in LOOPS]
         for future in futures if quiet else show_progress(futures, "hpccomm warm", "function"):
+            future.result()
+        for future in loops:
             future.result()

@@ -25,8 +25,10 @@ import torch
 from mpi4py import MPI
 
 from hpccomm import functional, progress
+from hpccomm.algorithms.agreement import check_same_tensors
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError
+from hpccomm.observe.flight_recorder import count_bytes
 from hpccomm.torch.wrapper import OptimizerWrapper
 
 Average, Sum, Adasum, Min, Max, Product = "mean", "sum", "adasum", "min", "max", "prod"
@@ -185,7 +187,7 @@ def allreduce_async(
         total = functional.allreduce(given, meaning, comm).to(tensor.dtype)
         return total * postscale_factor if postscale_factor != 1.0 else total
 
-    return Handle(body, f"allreduce({name})" if name else "allreduce")
+    return Handle(body, f"allreduce({name})" if name else "allreduce", tensor)
 
 
 def allreduce_async_(
@@ -198,7 +200,7 @@ def allreduce_async_(
         tensor.detach().copy_(functional.allreduce(tensor.detach(), meaning, comm))
         return tensor
 
-    return Handle(body, f"allreduce({name})" if name else "allreduce")
+    return Handle(body, f"allreduce({name})" if name else "allreduce", tensor)
 
 
 def allreduce_group(tensors: Iterable[Any], average: bool | None = None, op: str | None = None) -> list[Any]:
@@ -217,7 +219,7 @@ def allgather(tensor: Any, name: str | None = None) -> Any:
 
 def allgather_async(tensor: Any, name: str | None = None) -> Handle:
     """:func:`allgather` beside the program."""
-    return Handle(lambda comm: functional.allgather(tensor.detach(), comm), f"allgather({name or ''})")
+    return Handle(lambda comm: functional.allgather(tensor.detach(), comm), f"allgather({name or ''})", tensor)
 
 
 def broadcast(tensor: Any, root_rank: int, name: str | None = None) -> Any:
@@ -227,7 +229,9 @@ def broadcast(tensor: Any, root_rank: int, name: str | None = None) -> Any:
 
 def broadcast_async(tensor: Any, root_rank: int, name: str | None = None) -> Handle:
     """:func:`broadcast` beside the program."""
-    return Handle(lambda comm: functional.broadcast(tensor.detach(), root_rank, comm), f"broadcast({name or ''})")
+    return Handle(
+        lambda comm: functional.broadcast(tensor.detach(), root_rank, comm), f"broadcast({name or ''})", tensor
+    )
 
 
 def broadcast_(tensor: Any, root_rank: int, name: str | None = None) -> Any:
@@ -242,7 +246,7 @@ def broadcast_async_(tensor: Any, root_rank: int, name: str | None = None) -> Ha
         tensor.detach().copy_(functional.broadcast(tensor.detach(), root_rank, comm))
         return tensor
 
-    return Handle(body, f"broadcast({name or ''})")
+    return Handle(body, f"broadcast({name or ''})", tensor)
 
 
 def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None) -> Any:
@@ -263,8 +267,8 @@ def barrier() -> None:
 class Handle:
     """A call under way."""
 
-    def __init__(self, body: Callable[[Communicator], Any], text: str) -> None:
-        self.call = progress.submit(world(), body, text)
+    def __init__(self, body: Callable[[Communicator], Any], text: str, tensor: Any) -> None:
+        self.call = progress.submit(world(), body, text, nbytes=count_bytes((tensor,)))
 
 
 def poll(handle: Handle) -> bool:
@@ -283,9 +287,10 @@ def synchronize(handle: Handle) -> Any:
 def broadcast_parameters(params: Any, root_rank: int) -> None:
     """Copy the root's tensors: of a state dict, or of pairs of name and tensor."""
     pairs = sorted(params.items()) if isinstance(params, Mapping) else list(params)
-    for _, each in pairs:
-        if isinstance(each, torch.Tensor):
-            broadcast_(each, root_rank)
+    tensors = [(name, each) for name, each in pairs if isinstance(each, torch.Tensor)]
+    check_same_tensors(world(), "broadcast_parameters", rows_of(tensors))
+    for _, each in tensors:
+        broadcast_(each, root_rank)
 
 
 def broadcast_optimizer_state(optimizer: Any, root_rank: int) -> None:
@@ -294,6 +299,11 @@ def broadcast_optimizer_state(optimizer: Any, root_rank: int) -> None:
     state = broadcast_object(own.state_dict() if rank() == root_rank else None, root_rank)
     if rank() != root_rank:
         own.load_state_dict(state)
+
+
+def rows_of(tensors: Iterable[tuple[str, Any]]) -> list[str]:
+    """Named tensors as rows for :func:`~hpccomm.algorithms.agreement.check_same_tensors`."""
+    return [f"{name!r} {str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for name, each in tensors]
 
 
 ACTIVE, JOINED = 1, 0
@@ -330,7 +340,8 @@ class DistributedOptimizer(OptimizerWrapper):
                 f"DistributedOptimizer: {len(unknown)} parameters of the optimizer are not among named_parameters: "
                 "pass model.named_parameters()"
             )
-        self._synchronized = False
+        self._rows = rows_of((names.get(id(each), str(k)), each) for k, each in enumerate(self._parameters))
+        self._compared = self._synchronized = False
         _optimizers.append(self)
 
     def synchronize(self) -> None:
@@ -341,6 +352,9 @@ class DistributedOptimizer(OptimizerWrapper):
 
     def exchange(self, joined: bool) -> None:
         """Average all gradients in one message; a rank that has joined adds zeros."""
+        if not self._compared:
+            check_same_tensors(world(), "DistributedOptimizer", self._rows, "make the model and the optimizer alike")
+            self._compared = True
         parts = [self._part(each, joined) for each in self._parameters]
         if not parts:
             return

@@ -269,7 +269,7 @@ def check_devices(host: Host) -> Finding:
     if not devices:
         return none("no NVIDIA device")
     if not any(is_installed(f"cupy{suffix}") for suffix in ("", "-cuda12x", "-cuda13x")):
-        return note(f"{format_count(len(devices), 'device')}, CuPy is missing", "pip install 'hpccomm[cuda12]'")
+        return note(f"{format_count(len(devices), 'device')}, CuPy is missing", "pip install cupy-cuda12x")
     done = launch(host, "print('aware:', c.device_transports()['aware'])")
     found = re.search(r"aware: (yes|no.*)", done.stdout)
     if not found or found[1] != "yes":
@@ -317,8 +317,7 @@ def check_settings(host: Host) -> Finding:
     except HpccommError as error:
         text, _, cure = str(error).partition(": ")
         return fault(text, cure)
-    own = ("HPCCOMM_COMPILE", "wait")  # set by every command
-    found = sorted(name for name, value in host.environ.items() if name.startswith("HPCCOMM_") and (name, value) != own)
+    found = sorted(name for name in host.environ if name.startswith("HPCCOMM_"))
     return ok(", ".join(found) or "none set")
 
 
@@ -356,13 +355,14 @@ def check_functions(host: Host) -> Finding:
     """The compiled functions."""
     missing = host.missing_functions()
     if not missing:
-        return ok("all compiled")
+        return ok(f"all {len(objects.EMITTED)} compiled")
     if host.writable_folder() is None:
         return fault(
             "no folder for compiled functions can be written",
             "export HPCCOMM_CACHE to a folder that all nodes can write",
         )
-    return note(f"{format_count(len(missing), 'function')} not compiled: the first program is slow", "hpccomm warm")
+    absent = f"{len(missing)} of {format_count(len(objects.EMITTED), 'function')} not compiled"
+    return note(f"{absent}: the first program is slow", "hpccomm warm")
 
 
 def check_slurm(host: Host) -> Finding:
@@ -383,8 +383,10 @@ def check_slurm(host: Host) -> Finding:
 
 
 def launch(host: Host, code: str) -> subprocess.CompletedProcess[str]:
-    """Run code on two ranks, with ``c`` as their communicator."""
+    """Run code on two ranks, with ``c`` as their communicator; nothing is compiled for it."""
     begin = "import numpy as np, hpccomm; from mpi4py import MPI; c = hpccomm.Communicator(MPI.COMM_WORLD); "
+    if host.missing_functions():
+        begin = f"import os; os.environ['HPCCOMM_SHARED_MEMORY'] = 'off'; {begin}"
     return host.run([sys.executable, "-m", "hpccomm.launcher", "-n", "2", "-c", begin + code])
 
 
@@ -396,7 +398,8 @@ def check_launch(host: Host) -> Finding:
         return none("needs an MPI library first")
     done = launch(host, "x = np.ones(4); c.Allreduce(MPI.IN_PLACE, x); c.rank or print('sum', x.sum())")
     if done.returncode == 0 and "sum 8.0\n" in done.stdout:
-        return ok("two ranks of hpccomm-run summed right")
+        how = ", by messages, as functions of shared memory are not compiled" if host.missing_functions() else ""
+        return ok(f"two ranks of hpccomm-run summed right{how}")
     lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     return fault(
         f"two ranks of hpccomm-run failed: {lines[-1].strip() if lines else 'no output'}",

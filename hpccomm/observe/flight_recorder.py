@@ -55,7 +55,7 @@ HEAD_RECORD = record(
 MADE, ALIVE, REQUESTED, ANSWERED, INQUIRED, REPORTED = (
     offset_of(HEAD_RECORD, name) // W for name in ("made", "alive", "requested", "answered", "inquired", "reported")
 )
-END, TEXT = (offset_of(EVENT_RECORD, name) // W for name in ("end", "text"))
+END, NBYTES, TEXT = (offset_of(EVENT_RECORD, name) // W for name in ("end", "nbytes", "text"))
 EVENT_WORDS, FIRST_EVENT = EVENT_RECORD.itemsize // W, HEAD_RECORD.itemsize // W
 WRITE_EVENT = struct.Struct(f"{EVENT_WORDS}q").pack_into
 
@@ -91,8 +91,9 @@ class Event(NamedTuple):
 class Ring:
     """The memory of one process, mapped by itself or by another one."""
 
-    def __init__(self, file: int, size: int) -> None:
-        self.buffer = mmap.mmap(file, size)
+    def __init__(self, file: int, size: int, present: bool = False) -> None:
+        """``present``: its pages are made now, not one by one while calls are timed."""
+        self.buffer = mmap.mmap(file, size, mmap.MAP_SHARED | mmap.MAP_POPULATE * present)
         self.head = np.frombuffer(self.buffer, HEAD_RECORD, 1)
         self.words = memoryview(self.buffer).cast("q")
         self.table = np.frombuffer(self.buffer, EVENT_RECORD, -1, HEAD_RECORD.itemsize)
@@ -282,7 +283,7 @@ class Recorder:
             file = os.memfd_create(FILE, os.MFD_CLOEXEC)
             os.ftruncate(file, size)
             weakref.finalize(self, os.close, file)
-        self.ring, self._length = Ring(file, size), length
+        self.ring, self._length = Ring(file, size, present=length > EVENTS), length
         head = self.ring.head
         head["pid"], head["length"], head["rank"], head["size"] = os.getpid(), length, -1, -1
         head["magic"] = MAGIC
@@ -332,6 +333,12 @@ class Recorder:
         ring = self.ring.words
         if ring[at] == number:
             ring[at + END] = clock()
+
+    def record_bytes(self, number: int, nbytes: int) -> None:
+        """Record the bytes of a call that is under way."""
+        ring, at = self.ring.words, FIRST_EVENT + EVENT_WORDS * (number & self._length - 1)
+        if number and ring[at] == number:
+            ring[at + NBYTES] = min(nbytes, MOST_BYTES)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:

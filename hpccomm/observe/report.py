@@ -167,7 +167,7 @@ def collective_table(calls: Sequence[Slice]) -> str:
             f"{len(group):,}",
             format_time(sum(each.us for each in group)),
             format_time(sum(each.us for each in group) / len(group)),
-            format_size(sum(each.nbytes for each in group)),
+            format_size(sum(each.nbytes for each in group)) if any(each.nbytes for each in group) else "not known",
             bar(sum(each.us for each in group), total),
         ]
         for name, group in sorted(groups.items(), key=lambda item: -sum(each.us for each in item[1]))
@@ -183,7 +183,7 @@ def size_table(calls: Sequence[Slice]) -> str:
     most = max((len(group) for group in groups.values()), default=0)
     cells = [
         [
-            "no bytes known" if key < 0 else f"from {format_size(4**key)}",
+            "not known: objects, or no data" if key < 0 else f"from {format_size(4**key)}",
             f"{len(group):,}",
             format_time(sum(each.us for each in group)),
             bar(len(group), most),

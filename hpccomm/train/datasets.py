@@ -37,7 +37,7 @@ def digits(limit: int | None = None) -> Dataset:
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ImportError:
-        raise ArgumentError("the dataset digits needs scikit-learn: pip install 'hpccomm[examples]'") from None
+        raise ArgumentError("the dataset digits needs scikit-learn: pip install scikit-learn") from None
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = (images[order] / 16).astype(np.float32), labels[order].astype(np.int64)

@@ -67,7 +67,7 @@ def canvas() -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ArgumentError("--plot needs matplotlib: pip install 'hpccomm[plot]'") from None
+        raise ArgumentError("--plot needs matplotlib: pip install matplotlib") from None
     return FigureCanvasAgg(Figure(figsize=(11, 4.6), layout="constrained"))
 
 

@@ -276,7 +276,7 @@ def unavailable_reason() -> str:
     try:
         import cupy
     except ImportError:
-        return "CuPy is not installed: pip install 'hpccomm[cuda12]' or 'hpccomm[cuda13]'"
+        return "CuPy is not installed: pip install cupy-cuda12x, or cupy-cuda13x for CUDA 13"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
