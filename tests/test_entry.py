@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +29,7 @@ from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.errors import HpccommError
 from hpccomm.kernels.entry.records import BEFORE_NATIVE, MISS, NOT_MINE
 from hpccomm.kernels.reductions.reference import PAIRS
+from hpccomm.testing.jobs import run_under_mpi
 from hpccomm.transports.mpi import function_address
 
 FORMS = {
@@ -653,3 +658,41 @@ def test_a_call_without_arrays_is_left_to_mpi_each_time(ours: Communicator) -> N
         with suppress(HpccommError, MPI.Exception):  # MPICH takes it
             ours.Allreduce(MPI.IN_PLACE, MPI.IN_PLACE)
     assert ours.allreduce(1) == ours.size
+
+
+PROFILER = """
+#include <stdio.h>
+static int calls;
+int PMPI_Gather(const void *, int, void *, void *, int, void *, int, void *);
+int MPI_Gather(const void *a, int b, void *c, void *d, int e, void *f, int g, void *h) {
+    calls++;
+    return PMPI_Gather(a, b, c, d, e, f, g, h);
+}
+__attribute__((destructor)) void report(void) { if (calls) printf("MPI_Gather was called %d times\\n", calls); }
+"""
+PROFILED = """
+import numpy as np
+from mpi4py import MPI
+import hpccomm
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+comm.Barrier()
+for _ in range(50):
+    comm.Gather(np.ones(3), np.empty(3 * comm.size) if comm.rank == 0 else None)
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the profiler is written in C")
+def test_a_preloaded_profiler_sees_the_calls_that_compiled_code_makes(tmp_path: Path) -> None:
+    """As it sees those of mpi4py: its functions come before those of MPI's library."""
+    maps = Path("/proc/self/maps").read_text().split()
+    library = Path(next(each for each in maps if "/libmpi.so" in each or "/libmpi." in each))
+    source, profiler = tmp_path / "profiler.c", tmp_path / "profiler.so"
+    source.write_text(PROFILER)
+    link = [f"-L{library.parent}", f"-l:{library.name}", f"-Wl,-rpath,{library.parent}"]
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", profiler, source, *link], check=True)
+    preload = os.environ | {"LD_PRELOAD": str(profiler)}
+    done = run_under_mpi(2, "-c", PROFILED, timeout=60, environ=preload)
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"MPI_Gather was called (\d+) times", done.stdout)
+    assert len(counts) == 2, done.stdout
+    assert set(map(int, counts)) <= {49, 50}, counts  # the first call is mpi4py's, which may not look there

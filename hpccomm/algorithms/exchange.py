@@ -38,12 +38,11 @@ class MeanState(NamedTuple):
         return MessageReport(self.total.nbytes * sent, self.total.size * sent, path="dense" if sent else "")
 
 
-def mean(comm: MPI.Intracomm, algorithm: str = "auto", *, bucket: Bucket | None = None) -> Transform:
+def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
     """The arithmetic mean of the gradients of all ranks, on all of them with the same bits.
 
     float16 and bfloat16 on the host travel in 16 bits, are added in float32 in rank order, and rounded once; on a
-    device, and by a named algorithm, they are widened to float32.  A single rank sends nothing.  A flat vector has no
-    names: with its ``bucket`` the ranks compare their tensors, as they do for trees.
+    device, and by a named algorithm, they are widened to float32.  A single rank sends nothing.
     """
     named: dict[str, Any] = {} if algorithm == "auto" else {"algorithm": algorithm}
 
@@ -69,7 +68,7 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto", *, bucket: Bucket | None 
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(state.total.nbytes, comm.size))
         return narrow(state.total / comm.size, gradient.dtype), MeanState(state.total, state.report.add(cost))
 
-    return Transform(init, update, bucket, comm=comm)
+    return Transform(init, update, comm=comm)
 
 
 def elements_of_shards(n: int, ranks: int) -> int:
@@ -120,7 +119,7 @@ def synchronous_sgd(
     mean that is not finite is skipped on all ranks (:func:`~hpccomm.apply_if_finite`).
     """
     parts = [decay_by(weight_decay, bucket), transforms.momentum(momentum, nesterov) if momentum else None, descend(lr)]
-    return chain(mean(comm, algorithm, bucket=bucket), apply_if_finite(chain(*(each for each in parts if each))))
+    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))), bucket=bucket)
 
 
 def synchronous_adam(
@@ -139,7 +138,7 @@ def synchronous_adam(
     ``bucket`` as in :func:`synchronous_sgd`; a mean that is not finite is skipped on all ranks.
     """
     parts = [transforms.adam(b1, b2, eps), decay_by(weight_decay, bucket), descend(lr)]
-    return chain(mean(comm, algorithm, bucket=bucket), apply_if_finite(chain(*(each for each in parts if each))))
+    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))), bucket=bucket)
 
 
 def decay_by(rate: float, bucket: Bucket | None) -> Transform | None:

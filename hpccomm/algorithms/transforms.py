@@ -162,8 +162,12 @@ def flush_terms(method: Any, state: Any, weights: Vector, gradient: Vector | Non
     return method.flush_state(state)
 
 
-def chain(*transforms: Transform) -> Chain:
-    """Apply the transforms one after the other; the state is the tuple of their states."""
+def chain(*transforms: Transform, bucket: Bucket | None = None) -> Chain:
+    """Apply the transforms one after the other; the state is the tuple of their states.
+
+    ``bucket`` names the tensors of flat vectors, by default that of one of the transforms: where one of them exchanges,
+    ranks compare these tensors in ``init``, as they do for trees.
+    """
     for each in transforms:
         check_transform("chain", each)
 
@@ -180,7 +184,7 @@ def chain(*transforms: Transform) -> Chain:
             states.append(after)
         return gradient, tuple(states)
 
-    joined = Chain(init, update, parts=transforms)
+    joined = Chain(init, update, bucket, parts=transforms)
     joined.terms = transforms
     return joined
 
