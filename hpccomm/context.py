@@ -147,8 +147,6 @@ class Context:
         """``of``: the context and the ranks there of which ``comm`` is a level: nothing is read, sent or opened."""
         self._comm, self.rank, self.size = unwrap(comm), comm.rank, comm.size
         self.users: weakref.WeakSet[PlanCache] = weakref.WeakSet()
-        self.object_calls = 0
-        """How many calls of objects Python has compared."""
         self.closed = False
         self.queue: Any = None
         """The calls of progress threads (:mod:`hpccomm.progress`)."""
@@ -351,6 +349,18 @@ class Context:
     def call(self, name: str, *buffers: Any, inside: bool = False) -> Call:
         """Record a call; a context manager."""
         return Call(self.recorded, name, count_bytes(buffers), inside)
+
+    @property
+    def has_all_tables(self) -> bool:
+        """Whether every node has a consistency table: the same on all ranks."""
+        return self.consistency is not None and bool(self.layout.count == 1 or self.consistency.between)
+
+    def doubt(self, one_way: bool) -> None:
+        """An exception of the program's own code has ended a call: the next one finds out whether ranks are in step."""
+        if self.consistency:
+            self.consistency.doubt(one_way)
+            for each in list(self.users):
+                each.close()
 
     def begin_issued(self, fingerprint: Fingerprint, nbytes: int) -> Call:
         """Record a call that a progress thread makes; a context manager."""

@@ -19,7 +19,7 @@ from hpccomm.backends.base import Backend
 from hpccomm.backends.native import why_not_native, why_too_many
 from hpccomm.backends.table import BACKENDS
 from hpccomm.calls import operations
-from hpccomm.calls.blocks import SIGNATURES, Amounts
+from hpccomm.calls.blocks import OBJECT_SIGNATURES, SIGNATURES, Amounts
 from hpccomm.calls.buffers import address_of
 from hpccomm.calls.call import Call
 from hpccomm.calls.consistency import MEETING_SECONDS
@@ -36,7 +36,7 @@ from hpccomm.observe.flight_recorder import recorder
 from hpccomm.performance.tuning import BLOCKWISE, Choice
 from hpccomm.settings import DEVICE_SETTING, ON_HOST
 
-SYNCHRONISING = frozenset(name for name, each in SIGNATURES.items() if each.synchronises)
+SYNCHRONISING = frozenset(name for name, each in (SIGNATURES | OBJECT_SIGNATURES).items() if each.synchronises)
 """Collectives that no rank leaves before all ranks have entered."""
 
 ALL_LENGTHS = (0, 1 << 62)
@@ -74,6 +74,8 @@ class Planner(Member):
     def open_doors(self) -> None:
         """Let the compiled entry take calls, where there is one."""
         context, memory, plans = self.context, self.shared_memory, self.comm.plans
+        if context.consistency:
+            context.consistency.settle()
         plans.stage = context.stage
         context.users.add(plans)
         if memory is None and context.settings["HPCCOMM_COMPILE"] != "wait" and not objects.complete():
@@ -318,7 +320,7 @@ class Planner(Member):
         if table is None:
             return body
         lockstep = lockstep or self.in_lockstep
-        digest = table.announce(fingerprint)
+        word = table.announce(fingerprint)
         context, synchronises = self.context, fingerprint.collective in SYNCHRONISING
         meet: Run = table.wait
         if lockstep and self.shared_memory:
@@ -326,9 +328,10 @@ class Planner(Member):
 
         def run() -> None:
             with table.entered:
-                table.begin(digest, amounts)
+                table.begin(word, amounts)
                 table.compare_nodes(amounts)
                 if not (synchronises or lockstep):
+                    table.stay_in_reach(amounts)
                     table.compare_entries()
                 context.announce_code()
                 if lockstep:

@@ -195,7 +195,10 @@ class Entry:
         self._types, self._items = type_table(list_objects()), item_sizes()
         self._record, self._blocks = np.zeros((), ENTRY_RECORD), np.zeros(4 * size, np.int64)
         self._counts = np.zeros((4, size), np.int32)
-        self._pending = ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, "pending"))
+        self._pending, self._event = (
+            ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, name))
+            for name in ("pending", "event")
+        )
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
         fill(self._record, blocks=self._blocks.ctypes.data, counts=self._counts.ctypes.data, **recorded)
         fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
@@ -333,6 +336,24 @@ class Entry:
         """Raise if MPI has returned an error to the compiled entry."""
         if self._record["failure"]:
             raise MPI.Exception(int(self._record["failure"]))
+
+    def run_objects(self, code: int, native: Callable[..., Any], *arguments: Any) -> Any:
+        """Run one of MPI's collectives of objects as :meth:`run_native` does.
+
+        Pickling and operations run code of the program, which may make other calls on this communicator.
+        """
+        return self.run_native(code, self._let_others_pass, native, *arguments)
+
+    def _let_others_pass(self, native: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a call during which the doors take others."""
+        event, pending, self._pending.value = self._event.value, self._pending.value, 0
+        try:
+            return native(*arguments)
+        except BaseException:
+            self._pending.value = pending
+            raise
+        finally:
+            self._event.value = event
 
     def _leave_native(self) -> None:
         """Leave a call of MPI's."""

@@ -819,12 +819,24 @@ def start_native(entry, row):
     if number & load(entry + COMPARES) == 0:
         return LATE
     if load(row + SYNCHRONISES) == 0:
-        return compare_entries(entry)
+        return LATE if is_out_of_reach(entry, row, number) else compare_entries(entry)
     if load(entry + MEETING) == 0:
         return LATE
     store(load(entry + MEETING) + CALL_FINGERPRINT, fingerprint)
     code = run(entry, load(entry + MEETING), load(entry + MEET), 0)
     return compare_entries(entry) if code == DONE else BEFORE_NATIVE + code
+
+
+def is_out_of_reach(entry, row, number):
+    """Whether a rank is so far behind that this one would overwrite what it has to compare."""
+    reach = (CALLS if load(row + ROW_UNEVEN) == 0 else AMOUNT_CALLS) >> 1
+    if number & (reach - 1) != 0:
+        return False
+    for k in range(load(entry + MEMBERS)):
+        status = load_acquire(load(entry + ENTRIES) + load(entry + ROW_STRIDE) * k + W * STATUS)
+        if abs(status) + reach < number:
+            return True
+    return False
 
 
 def call_mpi(entry, row):
@@ -873,7 +885,7 @@ def leave_table(entry):
     status = own_row(entry) + W * STATUS
     if compare_entries(entry) == DIFFER:
         return DIFFER
-    store(status, -load(status))
+    store(status, -abs(load(status)))  # a call inside this one has left as well
     return DONE
 
 
