@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
@@ -36,6 +35,7 @@ from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout
 from hpccomm.named_reductions import run_named
 from hpccomm.observe import timeline
+from hpccomm.observe.flight_recorder import library_folders
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import compare_objects, install
@@ -860,8 +860,7 @@ def describe_error(head: str, error: BaseException, trace: TracebackType | None)
     frames = [each for each in traceback.extract_tb(trace) if not each.filename.startswith(PACKAGE)]
     if not isinstance(error, HpccommError) or not frames or os.environ.get("HPCCOMM_TRACEBACK") == "full":
         return ""
-    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
-    at = next((each for each in reversed(frames) if not each.filename.startswith(libraries)), frames[-1])
+    at = next((each for each in reversed(frames) if not each.filename.startswith(library_folders())), frames[-1])
     place = f"[hpccomm] {head}{type(error).__name__} in {at.filename}:{at.lineno}: {at.line}\n"
     return f"[hpccomm] {error}\n{place}" if claim_report(str(error)) else place
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
@@ -552,7 +551,7 @@ def why_python_has_none() -> str:
     """Why this process has no compiled entry."""
     if os.environ.get("HPCCOMM_ENTRY") == "off":
         return "HPCCOMM_ENTRY=off"
-    if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
+    if sys.implementation.name != "cpython" or "t" in getattr(sys, "abiflags", ""):
         return "the entry reads objects of CPython with its global lock"
     if objects.why_none():
         return objects.why_none()

@@ -187,15 +187,24 @@ class Stack(NamedTuple):
     @property
     def own(self) -> list[Frame]:
         """The functions of the program itself, not those of hpccomm and of libraries."""
-        found = [each for each in self.frames if not each.file.startswith((PACKAGE, *LIBRARIES))]
+        found = [each for each in self.frames if not each.file.startswith((PACKAGE, *library_folders()))]
         return found or self.frames
 
 
 PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
-LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
-STARTERS = ("<frozen", *(os.path.join(each, "mpi4py", "") for each in LIBRARIES))
-"""Files whose functions only start the program."""
 MOST_FRAMES = 60
+
+
+@cache
+def library_folders() -> tuple[str, ...]:
+    """Where Python's library and installed packages are; the first call takes milliseconds."""
+    return tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+
+
+@cache
+def starters() -> tuple[str, ...]:
+    """The beginnings of the names of files whose functions only start the program."""
+    return ("<frozen", *(os.path.join(each, "mpi4py", "") for each in library_folders()))
 
 
 def read_stacks() -> list[Stack]:
@@ -207,7 +216,7 @@ def read_stacks() -> list[Stack]:
         name, at = names.get(ident, "a thread"), frame
         frames: list[tuple[str, int, str]] = []
         while at is not None and len(frames) < MOST_FRAMES:
-            if not at.f_code.co_filename.startswith(STARTERS):
+            if not at.f_code.co_filename.startswith(starters()):
                 frames.append((at.f_code.co_filename, at.f_lineno, at.f_code.co_name))
             at = at.f_back  # type: ignore[assignment]
         idle = not frames or (
