@@ -237,6 +237,8 @@ class Planner(Member):
         wanted = algorithm or self.comm.algorithm
         if wanted in fits:
             return Choice(wanted, None, "named by the caller", ALL_LENGTHS)
+        if not ours and why_too_many(call):
+            raise ArgumentError(f"{who}: {why_too_many(call)}: make a call for each part of the vector")
         if self.size == 1 or not ours:
             choice = Choice("native", None, "no other algorithm can take the call", ALL_LENGTHS)
         elif call.data is None:  # there is nothing to measure
