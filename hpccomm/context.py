@@ -39,7 +39,7 @@ from hpccomm.performance.probe import processor_name
 from hpccomm.performance.units import format_ranges
 from hpccomm.settings import check_environment
 from hpccomm.transports.mpi import MessageTransport, mpi_name
-from hpccomm.transports.segment import SharedSegment
+from hpccomm.transports.segment import SharedSegment, unlink_memory_of_mpi
 
 MAX_PLANS = 128
 """Plans cached per communicator."""
@@ -182,6 +182,8 @@ class Context:
         if self.rank == 0:
             self.settings = {name: os.environ.get(name, "") for name in SETTINGS}
             offer = self.settings, self.load_table(), MPI.Get_processor_name(), *name_of(self.private_comm)
+        if self.size == MPI.COMM_WORLD.size and self.node.rank == 0:
+            unlink_memory_of_mpi()
         self.settings, self.table, name, number, text = self.private_comm.bcast(offer)
         self.recorded = Comm(recorder(), number, text)
         self._agreed = self.table

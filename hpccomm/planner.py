@@ -56,6 +56,8 @@ class Planner(Member):
         self.reader = Reader(comm)
         self.backends = {name: row.make(self) for name, row in BACKENDS.items() if not row.on_device}
         self.first_use = FirstUse(self)
+        self._meeting: Any = None
+        """The barrier in shared memory before calls on other backends."""
 
     @property
     def context(self) -> Context:
@@ -310,6 +312,14 @@ class Planner(Member):
 
         return drive
 
+    def _meet(self, word: int) -> None:
+        """Wait in shared memory for all ranks before a call on another backend, whose fingerprint has this word."""
+        memory = self.shared_memory
+        if self._meeting is None or self._meeting.memory is not memory:
+            self._meeting = self.bind_shared(Fingerprint("Barrier"), memory.bind_entry_barrier)
+        self._meeting.call["fingerprint"] = word
+        self._meeting()
+
     def guard(self, fingerprint: Fingerprint, body: Run, lockstep: bool, amounts: Amounts | None = None) -> Run:
         """Run ``body`` between two comparisons with the other ranks' calls.
 
@@ -324,7 +334,7 @@ class Planner(Member):
         context, synchronises = self.context, fingerprint.collective in SYNCHRONISING
         meet: Run = table.wait
         if lockstep and self.shared_memory:
-            meet = self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
+            meet = partial(self._meet, word)
 
         def run() -> None:
             with table.entered:

@@ -351,8 +351,7 @@ def start_mpi() -> None:
     if not MPI.Is_initialized():
         MPI.Init_thread()
     MPI.COMM_WORLD.Barrier()  # all ranks have mapped the file
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
-        names = {line.split()[5] for line in file if "/dev/shm/mpich_shm_" in line}
-    for name in names if MPI.COMM_WORLD.rank == 0 else ():
-        with suppress(OSError):
-            os.unlink(name)
+    if MPI.COMM_WORLD.rank == 0:
+        from hpccomm.transports.segment import unlink_memory_of_mpi
+
+        unlink_memory_of_mpi()
