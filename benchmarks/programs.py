@@ -166,7 +166,8 @@ times: *native* is plain mpi4py, *ours* has `comm = hpccomm.Communicator(MPI.COM
 *native / native* compares native with itself, which shows how far two launches of the same program
 differ on this machine. The order changes with every round. Ratios are taken round by round; above 1
 ours is faster. Medians, with the worst and the best round in brackets. *Loop* is what the program
-times; *wall* is from the start of the launcher to its end, with imports and set-up.
+times; *wall* is from the start of the launcher to its end, with imports and set-up; hpccomm has its
+bytecode, as an installed package has.
 
 *Never slower*: our worst round is not below the worst of native / native, and our median is 1.0 or
 more; *faster*: our median is also above the best of native / native.

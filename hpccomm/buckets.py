@@ -124,6 +124,11 @@ def tensor_view(vector: Vector, entry: TensorEntry) -> npt.NDArray[Any]:
 
 def shape_of(given: Any) -> tuple[int, ...]:
     """The shape of an array, or the shape itself."""
+    if isinstance(given, Mapping):
+        raise ArgumentError(
+            "Bucket: a dict in a dict: pass one dict by full names, "
+            "dict(hpccomm.algorithms.trees.tree_leaves(weights)) makes it"
+        )
     try:
         return tuple(int(each) for each in getattr(given, "shape", given))
     except (TypeError, ValueError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
@@ -36,6 +35,7 @@ from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout
 from hpccomm.named_reductions import run_named
 from hpccomm.observe import timeline
+from hpccomm.observe.flight_recorder import library_folders
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import compare_objects, install
@@ -356,6 +356,32 @@ class Communicator(MPI.Intracomm):
         buffers = (recvbuf,) if form.send == NONE else (sendbuf, recvbuf)
         getattr(self, name)(*buffers, *(rest if form.family else rest[:-1]))
 
+    def _go_on(
+        self,
+        code: int,
+        name: str,
+        buffers: tuple[Any, Any],
+        arguments: tuple[Any, ...] = (),
+        algorithm: str | None = None,
+        stream: Any = None,
+        reproducible: bool = False,
+    ) -> None:
+        """Go on with a call that its door has answered with ``code``; ``arguments`` are those of its signature."""
+        form = SIGNATURES[name]
+        if code > MISS:
+            given = [each for each, blocks in zip(buffers, form[:2], strict=True) if blocks != NONE]
+            return self._run_native(code, name, *given, *arguments)
+        who, named = f"rank {self.rank}: {name}", dict(zip(form.arguments, arguments, strict=True))
+        if "root" in named:
+            named["root"] = self._planner.reader.check_root(named["root"], who)
+        if form.family and "op" in named:
+            return self._run_reduction(code, name, buffers, named, algorithm, reproducible, stream)
+        if not form.family:
+            if "op" in named:
+                named["op"] = operations.read_op(named["op"], who)
+            buffers = self._planner.reader.significant(name, *buffers, named.get("root"))
+        return self._run_uncached(code, name, buffers, (*named.values(), algorithm), stream)
+
     def _run_reduction(
         self,
         code: int,
@@ -367,14 +393,14 @@ class Communicator(MPI.Intracomm):
         stream: Any,
     ) -> None:
         """Run a reduction that its door has answered with ``code``; ``arguments`` are those of its signature."""
-        op = arguments["op"]
+        op, counts = arguments["op"], arguments.get("recvcounts")
         if stream is not None:
             buffers = self._planner.attach_stream(stream, *buffers)
+        if counts is not None:
+            arguments["recvcounts"] = read_integers(counts, "recvcounts", f"rank {self.rank}: {name}")
         if type(op) is not MPI.Op:
             arguments |= {"algorithm": algorithm, "reproducible": reproducible}
             return run_named(self, name, arguments.pop("op"), *buffers, **arguments)
-        if "root" in arguments:
-            arguments["root"] = self._planner.reader.check_root(arguments["root"], f"rank {self.rank}: {name}")
         values = tuple(arguments.values())
         if reproducible and self._run_reproducible(name, buffers, values, op):
             return None
@@ -440,12 +466,8 @@ class Communicator(MPI.Intracomm):
         CUDA handle, or a stream of CuPy or PyTorch), here as in the other collectives.
         """
         code = self._doors.allreduce(sendbuf, recvbuf, op, None, algorithm, stream or reproducible or None)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Allreduce", sendbuf, recvbuf, op)
-        buffers = sendbuf, recvbuf
-        return self._run_reduction(code, "Allreduce", buffers, {"op": op}, algorithm, reproducible, stream)
+        if code is not None:
+            self._go_on(code, "Allreduce", (sendbuf, recvbuf), (op,), algorithm, stream, reproducible)
 
     def Allreduce_view(self, buf: npt.NDArray[Any], op: MPI.Op | str = MPI.SUM) -> npt.NDArray[Any]:
         """Reduce registered arrays over all ranks into one result that the ranks of a node share.
@@ -475,12 +497,8 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Reduce over all ranks; ``root`` receives the result, other ranks ignore ``recvbuf``."""
         code = self._doors.reduce(sendbuf, recvbuf, op, root, algorithm, stream or reproducible or None)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Reduce", sendbuf, recvbuf, op, root)
-        buffers = sendbuf, recvbuf
-        return self._run_reduction(code, "Reduce", buffers, {"op": op, "root": root}, algorithm, reproducible, stream)
+        if code is not None:
+            self._go_on(code, "Reduce", (sendbuf, recvbuf), (op, root), algorithm, stream, reproducible)
 
     def Reduce_scatter_block(
         self,
@@ -493,12 +511,8 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Reduce over all ranks; each rank receives an equal block of the result."""
         code = self._doors.reduce_scatter_block(sendbuf, recvbuf, op, None, algorithm, stream or reproducible or None)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Reduce_scatter_block", sendbuf, recvbuf, op)
-        buffers = sendbuf, recvbuf
-        return self._run_reduction(code, "Reduce_scatter_block", buffers, {"op": op}, algorithm, reproducible, stream)
+        if code is not None:
+            self._go_on(code, "Reduce_scatter_block", (sendbuf, recvbuf), (op,), algorithm, stream, reproducible)
 
     def Reduce_scatter(
         self,
@@ -519,14 +533,8 @@ class Communicator(MPI.Intracomm):
             recvcounts = self._counts(sendbuf, recvbuf)
         extra = stream or reproducible or None
         code = self._doors.reduce_scatter(sendbuf, recvbuf, op, recvcounts, algorithm, extra)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Reduce_scatter", sendbuf, recvbuf, recvcounts, op)
-        buffers, who = (sendbuf, recvbuf), f"rank {self.rank}: Reduce_scatter"
-        counts = None if recvcounts is None else read_integers(recvcounts, "recvcounts", who)
-        arguments = {"recvcounts": counts, "op": op}
-        return self._run_reduction(code, "Reduce_scatter", buffers, arguments, algorithm, reproducible, stream)
+        if code is not None:
+            self._go_on(code, "Reduce_scatter", (sendbuf, recvbuf), (recvcounts, op), algorithm, stream, reproducible)
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
         """The receive counts of all ranks, if ``recvbuf`` is a NumPy array; otherwise binding determines them."""
@@ -540,134 +548,82 @@ class Communicator(MPI.Intracomm):
         ``algorithm="hierarchical"`` gathers between nodes and in the shared memory of each (Zhang et al., VLDB 2022).
         """
         code = self._doors.allgather(sendbuf, recvbuf, None, None, algorithm, stream)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Allgather", sendbuf, recvbuf)
-        return self._run_uncached(code, "Allgather", (sendbuf, recvbuf), (algorithm,), stream)
+        if code is not None:
+            self._go_on(code, "Allgather", (sendbuf, recvbuf), (), algorithm, stream)
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Gather blocks of any length from all ranks, in rank order, on every rank."""
         code = self._doors.allgatherv(sendbuf, recvbuf, None, None, algorithm, stream)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Allgatherv", sendbuf, recvbuf)
-        return self._run_uncached(code, "Allgatherv", (sendbuf, recvbuf), (algorithm,), stream)
+        if code is not None:
+            self._go_on(code, "Allgatherv", (sendbuf, recvbuf), (), algorithm, stream)
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
         code = self._doors.bcast(None, buf, None, root, algorithm, stream)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Bcast", buf, root)
-        root = self._planner.reader.check_root(root, f"rank {self.rank}: Bcast")
-        return self._run_uncached(code, "Bcast", (None, buf), (root, algorithm), stream)
+        if code is not None:
+            self._go_on(code, "Bcast", (None, buf), (root,), algorithm, stream)
 
     def Alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Send a block of equal length to every rank."""
         code = self._doors.alltoall(sendbuf, recvbuf, None, None, algorithm, stream)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Alltoall", sendbuf, recvbuf)
-        return self._run_uncached(code, "Alltoall", (sendbuf, recvbuf), (algorithm,), stream)
+        if code is not None:
+            self._go_on(code, "Alltoall", (sendbuf, recvbuf), (), algorithm, stream)
 
     def Barrier(self) -> None:
         """Wait until all ranks have entered."""
         code = self._doors.barrier(None, None, None, None, None, None)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Barrier")
-        return self._run_uncached(code, "Barrier", (None, None), (None,))
+        if code is not None:
+            self._go_on(code, "Barrier", (None, None))
 
     barrier = Barrier
 
     # Collectives that the MPI library runs; the consistency table compares them as well
 
-    def _run_inherited(
-        self,
-        name: str,
-        buffers: tuple[Any, Any],
-        root: int | None = None,
-        op: MPI.Op | str | None = None,
-        code: int = NOT_MINE,
-    ) -> None:
-        """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
-        who, reader, takes = f"rank {self.rank}: {name}", self._planner.reader, SIGNATURES[name].arguments
-        read_op = operations.read_op(op, who) if "op" in takes else None  # type: ignore[arg-type]
-        root = reader.check_root(root, who) if "root" in takes else None  # type: ignore[arg-type]
-        arguments = [each for each in (root, read_op) if each is not None]
-        return self._run_uncached(code, name, reader.significant(name, *buffers, root), (*arguments, None))
-
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of equal length on ``root``."""
         code = self._doors.gather(sendbuf, recvbuf, None, root, None, None)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Gather", sendbuf, recvbuf, root)
-        return self._run_inherited("Gather", (sendbuf, recvbuf), root, None, code)
+        if code is not None:
+            self._go_on(code, "Gather", (sendbuf, recvbuf), (root,))
 
     def Gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of any length on ``root``."""
         code = self._doors.gatherv(sendbuf, recvbuf, None, root, None, None)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Gatherv", sendbuf, recvbuf, root)
-        return self._run_inherited("Gatherv", (sendbuf, recvbuf), root, None, code)
+        if code is not None:
+            self._go_on(code, "Gatherv", (sendbuf, recvbuf), (root,))
 
     def Scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of equal length of ``root``'s buffer."""
         code = self._doors.scatter(sendbuf, recvbuf, None, root, None, None)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Scatter", sendbuf, recvbuf, root)
-        return self._run_inherited("Scatter", (sendbuf, recvbuf), root, None, code)
+        if code is not None:
+            self._go_on(code, "Scatter", (sendbuf, recvbuf), (root,))
 
     def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of any length of ``root``'s buffer."""
         code = self._doors.scatterv(sendbuf, recvbuf, None, root, None, None)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Scatterv", sendbuf, recvbuf, root)
-        return self._run_inherited("Scatterv", (sendbuf, recvbuf), root, None, code)
+        if code is not None:
+            self._go_on(code, "Scatterv", (sendbuf, recvbuf), (root,))
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Send a block of any length to every rank."""
         code = self._doors.alltoallv(sendbuf, recvbuf, None, None, None, None)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Alltoallv", sendbuf, recvbuf)
-        return self._run_inherited("Alltoallv", (sendbuf, recvbuf), None, None, code)
+        if code is not None:
+            self._go_on(code, "Alltoallv", (sendbuf, recvbuf))
 
     def Alltoallw(self, sendbuf: Any, recvbuf: Any) -> None:
         """Send a block of any length and datatype to every rank."""
-        self._run_inherited("Alltoallw", (sendbuf, recvbuf))
+        self._go_on(NOT_MINE, "Alltoallw", (sendbuf, recvbuf))
 
     def Scan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str = MPI.SUM) -> None:
         """Reduce over the ranks up to this one."""
         code = self._doors.scan(sendbuf, recvbuf, op, None, None, None)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Scan", sendbuf, recvbuf, op)
-        return self._run_inherited("Scan", (sendbuf, recvbuf), None, op, code)
+        if code is not None:
+            self._go_on(code, "Scan", (sendbuf, recvbuf), (op,))
 
     def Exscan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str = MPI.SUM) -> None:
         """Reduce over the ranks below this one."""
         code = self._doors.exscan(sendbuf, recvbuf, op, None, None, None)
-        if code is None:
-            return None
-        if code > MISS:
-            return self._run_native(code, "Exscan", sendbuf, recvbuf, op)
-        return self._run_inherited("Exscan", (sendbuf, recvbuf), None, op, code)
+        if code is not None:
+            self._go_on(code, "Exscan", (sendbuf, recvbuf), (op,))
 
     # Compressed collectives: arrays on a device are copied to the host, results are copied back
 
@@ -860,8 +816,7 @@ def describe_error(head: str, error: BaseException, trace: TracebackType | None)
     frames = [each for each in traceback.extract_tb(trace) if not each.filename.startswith(PACKAGE)]
     if not isinstance(error, HpccommError) or not frames or os.environ.get("HPCCOMM_TRACEBACK") == "full":
         return ""
-    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
-    at = next((each for each in reversed(frames) if not each.filename.startswith(libraries)), frames[-1])
+    at = next((each for each in reversed(frames) if not each.filename.startswith(library_folders())), frames[-1])
     place = f"[hpccomm] {head}{type(error).__name__} in {at.filename}:{at.lineno}: {at.line}\n"
     return f"[hpccomm] {error}\n{place}" if claim_report(str(error)) else place
 

@@ -39,7 +39,7 @@ from hpccomm.performance.probe import processor_name
 from hpccomm.performance.units import format_ranges
 from hpccomm.settings import check_environment
 from hpccomm.transports.mpi import MessageTransport, mpi_name
-from hpccomm.transports.segment import SharedSegment
+from hpccomm.transports.segment import SharedSegment, unlink_memory_of_mpi
 
 MAX_PLANS = 128
 """Plans cached per communicator."""
@@ -147,8 +147,6 @@ class Context:
         """``of``: the context and the ranks there of which ``comm`` is a level: nothing is read, sent or opened."""
         self._comm, self.rank, self.size = unwrap(comm), comm.rank, comm.size
         self.users: weakref.WeakSet[PlanCache] = weakref.WeakSet()
-        self.object_calls = 0
-        """How many calls of objects Python has compared."""
         self.closed = False
         self.queue: Any = None
         """The calls of progress threads (:mod:`hpccomm.progress`)."""
@@ -184,6 +182,8 @@ class Context:
         if self.rank == 0:
             self.settings = {name: os.environ.get(name, "") for name in SETTINGS}
             offer = self.settings, self.load_table(), MPI.Get_processor_name(), *name_of(self.private_comm)
+        if self.size == MPI.COMM_WORLD.size and self.node.rank == 0:
+            unlink_memory_of_mpi()
         self.settings, self.table, name, number, text = self.private_comm.bcast(offer)
         self.recorded = Comm(recorder(), number, text)
         self._agreed = self.table
@@ -351,6 +351,18 @@ class Context:
     def call(self, name: str, *buffers: Any, inside: bool = False) -> Call:
         """Record a call; a context manager."""
         return Call(self.recorded, name, count_bytes(buffers), inside)
+
+    @property
+    def has_all_tables(self) -> bool:
+        """Whether every node has a consistency table: the same on all ranks."""
+        return self.consistency is not None and bool(self.layout.count == 1 or self.consistency.between)
+
+    def doubt(self, one_way: bool) -> None:
+        """An exception of the program's own code has ended a call: the next one finds out whether ranks are in step."""
+        if self.consistency:
+            self.consistency.doubt(one_way)
+            for each in list(self.users):
+                each.close()
 
     def begin_issued(self, fingerprint: Fingerprint, nbytes: int) -> Call:
         """Record a call that a progress thread makes; a context manager."""

@@ -26,7 +26,7 @@ from hpccomm.calls import operations
 from hpccomm.calls.blocks import OBJECT_SIGNATURES, Signature
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.calls.plans import NativeCall
-from hpccomm.errors import MismatchError
+from hpccomm.errors import HpccommError, MismatchError
 from hpccomm.kernels.entry.records import MISS
 from hpccomm.observe.flight_recorder import recorder
 
@@ -73,34 +73,35 @@ def compare_objects(name: str) -> Any:
         given = {each: args[k] if k < len(args) else named.get(each, other) for each, k, other in places}
         op, root = given.get("op"), given.get("root")
         code = getattr(self._doors, door)(None, None, op, root, None, None)
-        if code > MISS:
-            if args and type(args[0]) is np.ndarray:
-                self.plans.entry.record_bytes(args[0].nbytes)
-            return self.plans.entry.run_native(code, run, self, root, args, named)
-        with self.context.call(name, *args[:1]):
-            return compare(self, code, op, root, args, named)
+        try:
+            if code > MISS:
+                if args and type(args[0]) is np.ndarray:
+                    self.plans.entry.record_bytes(args[0].nbytes)
+                return self.plans.entry.run_objects(code, run, self, root, args, named)
+            with self.context.call(name, *args[:1]):
+                return compare(self, code, op, root, args, named)
+        except (MPI.Exception, HpccommError):
+            raise
+        except Exception:  # of an object, or of an operation
+            self.context.doubt(name in ONE_WAY)
+            raise
 
     def compare(self: Any, code: int, op: Any, root: Any, args: Any, named: Any) -> Any:
-        context = self.context
+        context, planner, results = self.context, self._planner, list[Any]()
         table = context.consistency
         if table is None:
             return native(self, *args, **named)
         kind = self._read_kind(code)
-        context.object_calls += 1
-        if context.stage or context.object_calls >= SET_UP_CALLS:
-            self._prepare(name)
         if "root" in form.arguments:
-            root = self._planner.reader.check_root(root, f"rank {self.rank}: {name}")
-        fingerprint = describe_objects(name, form, op, root)
-        with table.entered:
-            table.enter(table.announce(fingerprint))
-            if form.synchronises:
-                table.wait()
-            result = run(self, root, args, named)
-        if kind:
-            made = NativeCall(fingerprint.word, (0, 0), form.synchronises)
+            root = planner.reader.check_root(root, f"rank {self.rank}: {name}")
+        if context.stage or (table.calls >= SET_UP_CALLS and context.has_all_tables):
+            self._prepare(name)
+        fingerprint, meets = describe_objects(name, form, op, root), form.synchronises or planner.in_lockstep
+        planner.guard(fingerprint, lambda: results.append(run(self, root, args, named)), meets)()
+        if kind and self.plans.entry:
+            made = NativeCall(fingerprint.word, (0, 0), meets)
             self.plans.entry.insert(kind, made, recorder().intern(name))
-        return result
+        return results[0]
 
     def run(self: Any, root: int | None, args: Any, named: Any) -> Any:
         table = self.context.consistency
@@ -109,6 +110,10 @@ def compare_objects(name: str) -> Any:
         return native(self, *args, **named)
 
     return method
+
+
+ONE_WAY = ("exscan", "gather", "reduce", "scan")
+"""In these a rank may have sent what another one, which an exception has ended, has not received."""
 
 
 def describe_objects(name: str, form: Signature, op: Any, root: Any) -> Fingerprint:
@@ -125,35 +130,33 @@ class ObjectCalls:
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self.mine, self.everyone = np.zeros(RECORD, np.uint8), np.zeros(comm.size * RECORD, np.uint8)
         self._out, self._rows = self.mine.data, self.everyone.data
-        self._record = [self.mine, RECORD, MPI.BYTE]
         self._read_headers = struct.Struct("=" + comm.size * f"ii{ROOM}x").unpack
         self._starts = range(HEADER, comm.size * RECORD, RECORD)
         self._codes: dict[str, int] = {}
-        self._rest: Any = None
 
     def allreduce(self, sendobj: Any, op: Any = MPI.SUM) -> Any:
         """mpi4py's ``allreduce``; ``op`` may also be a name."""
         if isinstance(op, str):
             op = operations.read_op(op, f"rank {self.rank}: allreduce")
         if not (isinstance(op, MPI.Op) and op.handle in operations.PREDEFINED):
-            return MPI.Intracomm.allreduce(self.comm, sendobj, op)
-        lengths = self.gather_records(sendobj, operations.PREDEFINED[op.handle].name.upper())
+            return type(self.comm).allreduce(self.comm, sendobj, op)
+        lengths, rest = self.gather_records(sendobj, operations.PREDEFINED[op.handle].name.upper())
         form = self.common_form(op) if lengths.count(REST) == self.size else None
         if form is not None:
             self.comm.Allreduce(sendobj, result := np.empty(form[1], form[0]), op)
             return result
         if REST in lengths and self.size > GATHER_RANKS:
             return MPI.Intracomm.allreduce(self.comm, sendobj, op)
-        return fold(self.read_all(lengths), op)
+        return fold(self.read_all(lengths, rest), op)
 
     def allgather(self, sendobj: Any) -> list[Any]:
         """mpi4py's ``allgather``; its long arrays are views of one new block of memory."""
-        return self.read_all(self.gather_records(sendobj, "allgather"))
+        return self.read_all(*self.gather_records(sendobj, "allgather"))
 
     def bcast(self, obj: Any, root: int = 0) -> Any:
         """mpi4py's ``bcast``; only the root's record travels."""
         rest = self.write(obj, 0) if self.rank == root else None
-        MPI.Intracomm.Bcast(self.comm, self._record, root)
+        self.comm.Bcast(self.mine, root)
         length, _ = READ_HEADER(self._out)
         if length != REST:
             return LOADS(self._out[HEADER : HEADER + length])
@@ -164,16 +167,16 @@ class ObjectCalls:
             return block.copy() if self.rank == root else block
         return LOADS(block.data)
 
-    def read_all(self, lengths: tuple[int, ...]) -> list[Any]:
-        """The objects of all ranks."""
+    def read_all(self, lengths: tuple[int, ...], rest: Any) -> list[Any]:
+        """The objects of all ranks; ``rest`` is what this rank's record lacks."""
         if REST not in lengths:
-            rows = self._rows
+            rows = bytes(self._rows)  # to read an object may make calls
             return [LOADS(rows[start : start + length]) for start, length in zip(self._starts, lengths, strict=True)]
         forms = [self.describe(k) if length == REST else ("", (0,)) for k, length in enumerate(lengths)]
         counts = [-(-count_bytes(form) // 64) * 64 for form in forms]  # every array is aligned
         own, block = np.zeros(counts[self.rank], np.uint8), np.empty(sum(counts), np.uint8)
-        if self._rest is not None:
-            own[: self._rest.nbytes] = self._rest.reshape(-1).view(np.uint8)
+        if rest is not None:
+            own[: rest.nbytes] = rest.reshape(-1).view(np.uint8)
         native = partial(MPI.Intracomm.Allgatherv, self.comm)
         (self.comm.Allgatherv if block.nbytes >= OURS_BYTES else native)(own, [block, counts])
         places = pairwise(accumulate(counts, initial=0))
@@ -184,18 +187,18 @@ class ObjectCalls:
 
     # Records
 
-    def gather_records(self, obj: Any, call: str) -> tuple[int, ...]:
-        """Send this rank's record to all ranks; returns the lengths in all records."""
+    def gather_records(self, obj: Any, call: str) -> tuple[tuple[int, ...], Any]:
+        """Send this rank's record to all ranks; returns the lengths in all records, and what this rank's lacks."""
         code = self._codes.get(call)
         if code is None:
             code = self._codes[call] = zlib.crc32(call.encode()) & 0x7FFFFFFF
-        self._rest = self.write(obj, code)
+        rest = self.write(obj, code)
         self.comm.Allgather(self.mine, self.everyone)
         headers = self._read_headers(self._rows)
         codes = headers[1::2]
         if codes.count(code) != self.size:
             self.raise_mismatch(call, codes, code)
-        return headers[::2]
+        return headers[::2], rest
 
     def write(self, obj: Any, code: int) -> Any:
         """Write an object, or its form, into this rank's record; returns what follows, if anything does."""

@@ -19,7 +19,7 @@ from hpccomm.backends.base import Backend
 from hpccomm.backends.native import why_not_native, why_too_many
 from hpccomm.backends.table import BACKENDS
 from hpccomm.calls import operations
-from hpccomm.calls.blocks import SIGNATURES, Amounts
+from hpccomm.calls.blocks import OBJECT_SIGNATURES, SIGNATURES, Amounts
 from hpccomm.calls.buffers import address_of
 from hpccomm.calls.call import Call
 from hpccomm.calls.consistency import MEETING_SECONDS
@@ -36,7 +36,7 @@ from hpccomm.observe.flight_recorder import recorder
 from hpccomm.performance.tuning import BLOCKWISE, Choice
 from hpccomm.settings import DEVICE_SETTING, ON_HOST
 
-SYNCHRONISING = frozenset(name for name, each in SIGNATURES.items() if each.synchronises)
+SYNCHRONISING = frozenset(name for name, each in (SIGNATURES | OBJECT_SIGNATURES).items() if each.synchronises)
 """Collectives that no rank leaves before all ranks have entered."""
 
 ALL_LENGTHS = (0, 1 << 62)
@@ -56,6 +56,8 @@ class Planner(Member):
         self.reader = Reader(comm)
         self.backends = {name: row.make(self) for name, row in BACKENDS.items() if not row.on_device}
         self.first_use = FirstUse(self)
+        self._meeting: Any = None
+        """The barrier in shared memory before calls on other backends."""
 
     @property
     def context(self) -> Context:
@@ -74,6 +76,8 @@ class Planner(Member):
     def open_doors(self) -> None:
         """Let the compiled entry take calls, where there is one."""
         context, memory, plans = self.context, self.shared_memory, self.comm.plans
+        if context.consistency:
+            context.consistency.settle()
         plans.stage = context.stage
         context.users.add(plans)
         if memory is None and context.settings["HPCCOMM_COMPILE"] != "wait" and not objects.complete():
@@ -233,6 +237,8 @@ class Planner(Member):
         wanted = algorithm or self.comm.algorithm
         if wanted in fits:
             return Choice(wanted, None, "named by the caller", ALL_LENGTHS)
+        if not ours and why_too_many(call):
+            raise ArgumentError(f"{who}: {why_too_many(call)}: make a call for each part of the vector")
         if self.size == 1 or not ours:
             choice = Choice("native", None, "no other algorithm can take the call", ALL_LENGTHS)
         elif call.data is None:  # there is nothing to measure
@@ -308,6 +314,14 @@ class Planner(Member):
 
         return drive
 
+    def _meet(self, word: int) -> None:
+        """Wait in shared memory for all ranks before a call on another backend, whose fingerprint has this word."""
+        memory = self.shared_memory
+        if self._meeting is None or self._meeting.memory is not memory:
+            self._meeting = self.bind_shared(Fingerprint("Barrier"), memory.bind_entry_barrier)
+        self._meeting.call["fingerprint"] = word
+        self._meeting()
+
     def guard(self, fingerprint: Fingerprint, body: Run, lockstep: bool, amounts: Amounts | None = None) -> Run:
         """Run ``body`` between two comparisons with the other ranks' calls.
 
@@ -318,17 +332,18 @@ class Planner(Member):
         if table is None:
             return body
         lockstep = lockstep or self.in_lockstep
-        digest = table.announce(fingerprint)
+        word = table.announce(fingerprint)
         context, synchronises = self.context, fingerprint.collective in SYNCHRONISING
         meet: Run = table.wait
         if lockstep and self.shared_memory:
-            meet = self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
+            meet = partial(self._meet, word)
 
         def run() -> None:
             with table.entered:
-                table.begin(digest, amounts)
+                table.begin(word, amounts)
                 table.compare_nodes(amounts)
                 if not (synchronises or lockstep):
+                    table.stay_in_reach(amounts)
                     table.compare_entries()
                 context.announce_code()
                 if lockstep:

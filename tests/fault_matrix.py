@@ -30,8 +30,9 @@ import mistake_matrix
 from hpccomm.launcher import launch_command
 from hpccomm.observe.processes import find_process
 
-STATUSES = {"kill": (137, 9), "raise": (1,), "memory": (1,), "exit": (1,), "leave": (1,), "launcher": (-9,)}
-"""The faults, and the exit statuses that say what has happened; that of SIGKILL differs between launchers."""
+STATUSES = {"kill": (137, 9), "raise": (1,), "memory": (1,), "exit": (1, 9), "leave": (1,), "launcher": (-9,)}
+"""The faults, and the exit statuses that say what has happened; those of dead ranks differ between
+launchers: MPICH's may tell that of a rank that it has killed itself."""
 WHEN = ("at", "inside")
 LATE_SECONDS, SOON_SECONDS = 0.6, 0.2
 """How late the other ranks are where the fault comes inside the call, and when it comes."""

@@ -480,6 +480,8 @@ def test_weights_plus_an_exact_step_are_the_target_even_where_rounding_misses_it
     step = exact_step(weights, target)
     assert isinstance(step, ExactStep)
     assert np.array_equal(weights + step, target)
+    assert np.array_equal(step + weights, target)
+    assert np.array_equal(np.add(weights, np.zeros(4, "f4"), out=exact_step(weights, target))[:3], weights[:3])
     there = weights.copy()[None][0]
     there[3] = 0
     assert np.array_equal((there + step)[:3], there[:3] + plain[:3]), "other weights are stepped as by any array"
@@ -503,8 +505,8 @@ def test_an_exact_step_is_an_ordinary_array_in_other_expressions() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("in_place", [True, False])
-def test_a_step_of_a_tensor_is_exact_for_the_functions_that_add(dtype: str, in_place: bool) -> None:
+@pytest.mark.parametrize("way", ["weights += step", "weights + step", "step + weights", "step += weights"])
+def test_a_step_of_a_tensor_is_exact_for_the_functions_that_add(dtype: str, way: str) -> None:
     torch = pytest.importorskip("torch")
     weights = torch.tensor([1, 1e10, -3, torch.nan], dtype=getattr(torch, dtype))
     target = torch.tensor([1e-9, 1e-5, 7, 2], dtype=weights.dtype)
@@ -513,10 +515,13 @@ def test_a_step_of_a_tensor_is_exact_for_the_functions_that_add(dtype: str, in_p
     assert torch.equal((weights.nan_to_num() + step)[:3], weights[:3] + (target - weights)[:3]), "other weights"
     assert type(step * 2) is torch.Tensor
     assert not torch.equal(weights + exact_tensor(weights, array).mul_(1), target), "a step that was changed"
-    if in_place:
+    if way == "step += weights":
+        step += weights
+        weights = step.as_subclass(torch.Tensor)
+    elif way == "weights += step":
         weights += step
     else:
-        weights = weights + step
+        weights = weights + step if way == "weights + step" else step + weights
     assert type(weights) is torch.Tensor
     assert torch.equal(weights, target)
 

@@ -190,3 +190,12 @@ def test_a_tensor_that_numpy_cannot_read_is_recognised() -> None:
     assert keys[0] is not None
     assert keys[0] == keys[1]
     assert keys[0] not in keys[2:]
+
+
+@pytest.mark.parametrize("members", [[MPI.DOUBLE], [MPI.DOUBLE] * 2, [MPI.DOUBLE, MPI.INT]], ids=len)
+def test_a_structure_of_one_datatype_has_its_elements(members: list[MPI.Datatype]) -> None:
+    """So ranks that pass it are not told of a mismatch with those that pass that datatype."""
+    made = MPI.Datatype.Create_struct([1] * len(members), [8 * k for k in range(len(members))], members).Commit()
+    base = read([np.zeros(4), 1, made], "").base
+    made.Free()
+    assert base == (None if MPI.INT in members else np.dtype("f8"))

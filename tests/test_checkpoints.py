@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hpccomm.algorithms.blockwise_filtering import bmuf, bmuf_adam
+from hpccomm.algorithms.checkpoint_sets import load_set, save_set
 from hpccomm.algorithms.checkpoints import load, load_state_dict, save, state_dict
 from hpccomm.algorithms.exchange import synchronous_adam
 from hpccomm.algorithms.large_batch import lamb, lars
@@ -179,8 +180,8 @@ def test_a_new_checkpoint_replaces_the_old_one(tmp_path: Path) -> None:
     [
         ((np.zeros(4), 0), r"0 was saved as float64 of shape \(3,\), this method has float64 of shape \(4,\)"),
         ((np.zeros(3, "f4"), 0), "0 was saved as float64 .* this method has float32"),
-        ((np.zeros(3),), r"not in this method's state \['1'\]: load into the method that saved"),
-        ((np.zeros(3), 0, 0), r"missing \['2'\]"),
+        ((np.zeros(3),), r"it also holds \['1'\]: pass every state that was saved, under its name"),
+        ((np.zeros(3), 0, 0), r"it lacks \['2'\]: pass"),
     ],
 )
 def test_a_checkpoint_of_another_method_is_refused(like: Any, message: str) -> None:
@@ -190,7 +191,7 @@ def test_a_checkpoint_of_another_method_is_refused(like: Any, message: str) -> N
 
 def test_a_file_with_other_names_or_no_checkpoint_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "state.npz", state=(1,))
-    with pytest.raises(ArgumentError, match=r"not in this method's state \['state.0'\]"):
+    with pytest.raises(ArgumentError, match=r"it lacks \['method.0'\], it also holds \['state.0'\]"):
         load(tmp_path / "state.npz", method=(1,))
     for content in (b"", b"no archive"):
         (tmp_path / "broken.npz").write_bytes(content)
@@ -199,8 +200,47 @@ def test_a_file_with_other_names_or_no_checkpoint_is_refused(tmp_path: Path) -> 
 
 
 def test_a_state_of_other_types_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="state_dict: 1 is list: a state is nested tuples"):
-        state_dict((1, [2]))
+    with pytest.raises(ArgumentError, match=r"1.a is set: pass arrays and numbers"):
+        state_dict((1, {"a": {2}}))
+
+
+def torch_tensor(array: Any) -> Any:
+    return pytest.importorskip("torch").from_numpy(array)
+
+
+def jax_array(array: Any) -> Any:
+    return pytest.importorskip("jax.numpy").asarray(array)
+
+
+@pytest.mark.parametrize("make", [np.copy, torch_tensor, jax_array])
+def test_weights_may_be_dicts_and_lists_of_arrays_of_any_library(make: Callable[[Any], Any], tmp_path: Path) -> None:
+    """They are found by name, in any order; a set of them is loaded by another number of ranks."""
+
+    def tree(values: Any, turned: bool = False) -> dict[str, Any]:
+        layers = [{"w": make(values[:4].reshape(2, 2).copy()), "b": make(values[4:6].copy())}, make(values[6:].copy())]
+        found = {"layers": layers, "rate": 0.5, 3: (make(values.copy()),)}
+        return dict(reversed(found.items())) if turned else found
+
+    def flatten(found: Any) -> list[float]:
+        parts = [found["layers"][0]["w"], found["layers"][0]["b"], found["layers"][1]]
+        return [float(x) for part in parts for x in np.asarray(part).ravel()]
+
+    values, blank = np.arange(8, dtype="f4"), np.zeros(8, "f4")
+    save(tmp_path / "a.npz", weights=tree(values), count=3)
+    found, count = load(tmp_path / "a.npz", weights=tree(blank, turned=True), count=0)
+    assert (flatten(found), found["rate"], np.asarray(found[3][0]).tolist(), count) == (
+        list(range(8)),
+        0.5,
+        [*range(8)],
+        3,
+    )
+    assert list(found) == [3, "rate", "layers"]
+    assert type(found["layers"][1]) is type(make(blank))
+    run_on_ranks(3, lambda comm: save_set(comm, tmp_path, "run", weights=tree(values)))
+    for (each,) in run_on_ranks(2, lambda comm: load_set(comm, tmp_path, "run", weights=tree(blank))):
+        assert flatten(each) == list(range(8))
+    with pytest.raises(ArgumentError, match=r"a.npz: it lacks \['count.a'\], it also holds \['count'\]: pass every"):
+        load(tmp_path / "a.npz", weights=tree(blank), count={"a": 0})
 
 
 def test_a_save_removes_what_a_killed_save_has_left(tmp_path: Path) -> None:

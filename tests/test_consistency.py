@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,8 +15,8 @@ from hpccomm.calls import consistency
 from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.consistency import ConsistencyTable
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
-from hpccomm.errors import MismatchError
-from hpccomm.kernels.entry.records import COUNTS, NOT_COMPARED
+from hpccomm.errors import MismatchError, TransportError
+from hpccomm.kernels.entry.records import AMOUNT_CALLS, COUNTS, NOT_COMPARED
 
 SUM = Fingerprint("Allreduce", "sum", "8", "float32", "", "C", "")
 
@@ -61,6 +63,16 @@ def test_a_rank_that_is_on_its_way_to_the_barrier_of_the_same_call_is_not_elsewh
         first.check_stall(SUM.word, 5.0, lambda: [1])
 
 
+def test_a_rank_on_its_way_to_the_barrier_may_spell_the_call_differently(node: MakeTables) -> None:
+    """A derived datatype has no count that others could compare."""
+    first, second = node(2)
+    spelt = SUM._replace(count=UNKNOWN, order=UNKNOWN)
+    first.enter(first.announce(SUM))
+    second.begin(second.announce(spelt))
+    first.check_stall(SUM.word, 5.0, lambda: [1])
+    second.check_stall(spelt.word, 5.0, lambda: [0])
+
+
 @pytest.mark.parametrize("calls", [1, 2 * consistency.CALLS])
 def test_a_rank_that_has_made_other_calls_before_one_in_shared_memory_is_out_of_step(
     node: MakeTables, calls: int
@@ -68,7 +80,7 @@ def test_a_rank_that_has_made_other_calls_before_one_in_shared_memory_is_out_of_
     """It has left them, and comes to the call in which others wait: their order is different."""
     here, there = node(2)
     for _ in range(calls):
-        there.enter(there.announce(SUM._replace(collective="Gather")))
+        there.begin(there.announce(SUM._replace(collective="Gather")))
         there.leave()
     here.announce(SUM)
     here.check_stall(SUM.word, 0.5, lambda: [1])
@@ -185,6 +197,62 @@ def test_a_rank_that_has_failed_in_a_call_and_left_has_not_completed_it(node: Ma
     assert "rank 0 has left the program, rank 1 waits in Allreduce" in str(here.deadlock_reason())
 
 
+class ObjectError(Exception):
+    pass
+
+
+def fail_in_call(table: ConsistencyTable, one_way: bool = False) -> None:
+    """A call that an exception of the program ends."""
+    with suppress(ObjectError), table.entered:
+        table.enter(table.announce(SUM))
+        raise ObjectError
+    table.doubt(one_way)
+
+
+@pytest.mark.parametrize("one_way", [False, True])
+def test_ranks_that_an_exception_has_ended_in_one_call_are_in_step(node: MakeTables, one_way: bool) -> None:
+    tables = node(3)
+    for table in tables:
+        fail_in_call(table, one_way)
+    assert [make_call(table, SUM) for table in tables] == [""] * 3
+
+
+def test_a_rank_that_an_exception_has_ended_is_in_step_if_the_others_could_not_have_gone_on_without_it(
+    node: MakeTables,
+) -> None:
+    failed, other = node(2)
+    fail_in_call(failed)
+    make_call(other, SUM)
+    assert make_call(failed, SUM) == ""
+
+
+@pytest.mark.parametrize("other_rank", ["has completed a call in one direction", "is still in the call"])
+def test_a_rank_that_an_exception_has_ended_alone_is_out_of_step(
+    node: MakeTables, other_rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consistency, "LEAVE_SECONDS", 0.1)
+    failed, other = node(2)
+    fail_in_call(failed, one_way=True)
+    other.enter(other.announce(SUM))
+    if other_rank != "is still in the call":
+        other.leave()
+    for _ in range(2):
+        with pytest.raises(TransportError, match="out of step: free it and make a new one"):
+            make_call(failed, SUM)
+
+
+def test_a_rank_that_an_exception_has_ended_waits_for_the_others(node: MakeTables) -> None:
+    failed, other = node(2)
+    fail_in_call(failed)
+    late = threading.Timer(0.1, make_call, (other, SUM))
+    late.start()
+    assert make_call(failed, SUM) == ""
+    late.join()
+    fail_in_call(failed)
+    other.mark_left()
+    assert "rank 1 has left the program, rank 0 waits in Allreduce" in make_call(failed, SUM)
+
+
 def test_what_one_rank_sends_is_compared_with_what_the_other_receives(node: MakeTables) -> None:
     here, there = node(2)
     call = Fingerprint("Gatherv", "", "", "float64", "0")
@@ -244,7 +312,7 @@ def test_a_rank_that_has_gone_on_writes_an_overwritten_text_again(node: MakeTabl
     call = Fingerprint("Bcast", "", "8", "float32", "1", "C", "")
     gone.begin(gone.announce(call))
     if by_template:  # as compiled code enters a call of which only the template was announced
-        gone._fingerprints.pop(call.digest)
+        gone._counted.pop(call.digest)
         gone._words[gone._base + COUNTS + 1] = 8
     gone.leave()
     for count in range(100, 100 + 20 * consistency.TEXTS):
@@ -282,12 +350,33 @@ def test_missing_ranks_are_those_that_have_not_entered(node: MakeTables) -> None
     assert tables[0].missing_ranks() == [1]
 
 
-def test_a_rank_far_ahead_is_not_compared(node: MakeTables) -> None:
+@pytest.mark.parametrize(("amounts", "reach"), [(None, consistency.CALLS), (Amounts((1, 1), (1, 1)), AMOUNT_CALLS)])
+def test_no_rank_leaves_the_reach_of_another_one(node: MakeTables, amounts: Amounts | None, reach: int) -> None:
+    """In calls that wait for nobody it stops before it would overwrite what the other one has to compare."""
     ahead, behind = node(2)
-    digest = ahead.announce(SUM)
-    for _ in range(consistency.CALLS + 3):
-        ahead.enter(digest)
-    behind.enter(behind.announce(SUM._replace(count="4")))
+    made: list[int] = []
+
+    def run_ahead() -> None:
+        for _ in range(3 * reach):
+            with ahead.entered:
+                ahead.enter(ahead.announce(ROOT_0), amounts)
+            made.append(1)
+
+    def follow(calls: int) -> None:
+        for _ in range(calls):
+            with behind.entered:
+                behind.enter(behind.announce(ROOT_0), amounts)
+
+    thread = threading.Thread(target=run_ahead)
+    thread.start()
+    time.sleep(0.2)
+    assert len(made) == reach - 1
+    follow(reach - 2)
+    with pytest.raises(MismatchError, match="rank 1 called Bcast"), behind.entered:
+        behind.enter(behind.announce(ROOT_1), amounts)
+    follow(2 * reach + 1)
+    thread.join(10)
+    assert len(made) == 3 * reach
 
 
 def test_a_fingerprint_can_be_decoded_and_its_digest_fits_a_tag() -> None:

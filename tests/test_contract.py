@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import hpccomm
+from hpccomm.algorithms.checkpoints import group_sizes, load_state_dict, state_dict
 from hpccomm.algorithms.local_steps import PeriodicTransform
-from hpccomm.algorithms.states import leaves, snapshot
+from hpccomm.algorithms.states import RankChange, leaves, leaves_with_changes, snapshot
 from hpccomm.algorithms.transforms import Transform, chain, descend, momentum
 from hpccomm.errors import ArgumentError
 from hpccomm.testing import run_on_ranks
@@ -268,7 +269,7 @@ def test_another_number_of_ranks_goes_on_from_each_phase(name: str, at: int, old
     found = run_on_ranks(old, first, nodes=NODES[old])
     states = [each[1] for each in found]
     if any(getattr(state, "steps", 0) for state in states) and row.repeats > 1:
-        with pytest.raises(ArgumentError, match="at the end of a block"):
+        with pytest.raises(ArgumentError, match="into a block"):
             hpccomm.for_ranks(states, 0, new)
         return
 
@@ -286,6 +287,44 @@ def test_another_number_of_ranks_goes_on_from_each_phase(name: str, at: int, old
         return weights.tobytes()
 
     assert len(set(run_on_ranks(new, then, nodes=NODES[new]))) == 1
+
+
+OWN = (RankChange.UNSENT, RankChange.LOCAL, RankChange.SHARDED, RankChange.BLOCK)
+"""What makes a state that of one rank."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_file_of_another_number_of_ranks_is_refused_where_states_are_a_rank_s_own(name: str, tmp_path: Path) -> None:
+    """Their files, loaded with ``other_ranks``, are for ``for_ranks``; older files, which count no ranks, are read."""
+    row, vector = METHODS[name], np.ones(N, F32)
+
+    def first(comm: Any) -> Any:
+        method = row.make(comm)
+        state = advance(method, method.init(vector), vector, comm.rank, 0, 4 * row.repeats)[1]
+        hpccomm.save(tmp_path / f"{comm.rank}.npz", method=state)
+        return snapshot(state)
+
+    def then(comm: Any) -> None:
+        like = row.make(comm).init(vector)
+        if not any(change in OWN for _, _, change in leaves_with_changes(like)):
+            hpccomm.load(tmp_path / f"{comm.rank}.npz", method=like)
+            return
+        with pytest.raises(ArgumentError, match=r"by one of 4 ranks, .* between 2 ranks \(.*\): save with save_set"):
+            hpccomm.load(tmp_path / f"{comm.rank}.npz", method=like)
+        olds = [hpccomm.load(tmp_path / f"{k}.npz", other_ranks=True, method=like)[0] for k in range(4)]
+        wanted = dict(leaves(hpccomm.for_ranks(states, comm.rank, 2)))
+        for path, leaf in leaves(hpccomm.for_ranks(olds, comm.rank, 2)):
+            assert np.array_equal(leaf, wanted[path]), path
+        found = hpccomm.for_ranks(olds, comm.rank, 2, like)
+        assert [leaf for path, leaf in group_sizes(found)] == [leaf for path, leaf in group_sizes(like)]
+        hpccomm.save(tmp_path / f"new{comm.rank}.npz", method=found)
+        hpccomm.load(tmp_path / f"new{comm.rank}.npz", method=like)
+        counted = [path for path, _, change in leaves_with_changes(like) if change is RankChange.GROUP]
+        older = {path: leaf for path, leaf in state_dict(like).items() if path not in counted}
+        assert list(leaves(load_state_dict(like, older)))
+
+    states = run_on_ranks(4, first, nodes=NODES[4])
+    run_on_ranks(2, then, nodes=NODES[2])
 
 
 @pytest.mark.parametrize("name", METHODS)

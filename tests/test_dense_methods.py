@@ -289,6 +289,7 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: hpccomm.powersgd(C, hpccomm.Bucket({"w": (9, 9)}), 2.5), "rank is 2.5: pass a whole number"),  # type: ignore[arg-type]
     (lambda: hpccomm.gtc(C, [1]), "tau is .1.: pass a positive number"),  # type: ignore[arg-type]
     (lambda: scale(1).init({"w": "b"}), "'b' is neither an array nor a shape"),
+    (lambda: hpccomm.Bucket({"layer": {"w": np.ones(2)}}), "Bucket: a dict in a dict: pass one dict by full names"),
     (lambda: scale(1).init({1: np.ones(2), "1": np.ones(2)}), "two of the weights are called 1"),
     (lambda: scale(1).init({"a": {"b": np.ones(2)}, "a.b": np.ones(2)}), "two of the weights are called a.b"),
     (lambda: hpccomm.for_ranks([hpccomm.gtc(C).init(np.zeros(n, "f4")) for n in (3, 4)], 0, 3), "residual has shape"),

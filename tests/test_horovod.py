@@ -10,7 +10,7 @@ from mpi4py import MPI
 from torch_world import torch
 
 import hpccomm.horovod.torch as hvd
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, MismatchError
 
 pytestmark = pytest.mark.mpi(sizes=(1, 2, 3), timeout=200)
 
@@ -139,6 +139,18 @@ def test_a_division_before_the_sum_keeps_16_bits_from_overflow() -> None:
         assert torch.equal(weight.grad, torch.full((3,), 49152.0 if fits else torch.inf))
     with pytest.raises(ArgumentError, match=r"use op=hvd\.Average"):
         hvd.DistributedOptimizer(torch.optim.SGD([weight], 1.0), op=hvd.Sum, gradient_predivide_factor=2.0)
+
+
+def test_models_with_other_parameters_are_named(capfd: Any) -> None:
+    if hvd.size() == 1:
+        pytest.skip("one rank")
+    weight = torch.nn.Parameter(torch.zeros((3, 2) if hvd.rank() == 1 else (2, 3)))
+    weight.grad = torch.ones_like(weight)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([weight], 1.0), [("w", weight)])
+    for call in (optimizer.step, lambda: hvd.broadcast_parameters({"w": weight}, 0)):
+        with pytest.raises(MismatchError, match=r"the tensors of rank 1 .*'w' float32\[3, 2\] on rank 1, 'w' float32"):
+            call()
+    hvd._optimizers.pop()
 
 
 def test_ranks_that_have_no_batches_left_join() -> None:

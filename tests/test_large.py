@@ -65,3 +65,13 @@ def test_native_mpi_with_int_counts_gets_no_larger_counts(comm: Communicator, mo
         assert (choice.algorithm == "native") == native
         comm.Allreduce(MPI.IN_PLACE, a)
         assert (a == comm.size).all()
+
+
+@pytest.mark.mpi
+def test_reductions_of_mpi_alone_refuse_larger_counts(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "INT_MAX", 1000)
+    monkeypatch.setattr(backend, "LARGE_COUNTS", MPI.VERSION + 1)
+    for call in (comm.Scan, comm.Exscan):
+        call(np.ones(500), np.empty(500))
+        with pytest.raises(ArgumentError, match="count up to 1000 elements: make a call for each part of the vector"):
+            call(np.ones(1001), np.empty(1001))

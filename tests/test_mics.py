@@ -11,10 +11,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from hpccomm import Communicator, context
+from hpccomm.algorithms.blockwise_filtering import bmuf
+from hpccomm.algorithms.exchange import mean, synchronous_sgd
 from hpccomm.algorithms.large_batch import lamb, lars
-from hpccomm.algorithms.loss_scaling import LossScale
+from hpccomm.algorithms.loss_scaling import LossScale, scale_loss
+from hpccomm.algorithms.onebit import onebit_adam
+from hpccomm.algorithms.power_sgd import powersgd
 from hpccomm.algorithms.sharded import units as units_module
 from hpccomm.algorithms.sharded.groups import (
     check_placement,
@@ -24,7 +29,9 @@ from hpccomm.algorithms.sharded.groups import (
     smallest_partition,
 )
 from hpccomm.algorithms.sharded.units import ShardedModel, adamw, data_parallel, zero
-from hpccomm.algorithms.transforms import adam, chain, momentum, scale
+from hpccomm.algorithms.threshold_compression import gtc
+from hpccomm.algorithms.transforms import adam, apply_if_finite, chain, clip, every, momentum, scale, weight_decay
+from hpccomm.algorithms.trust_ratio import scale_by_global_norm
 from hpccomm.buckets import Bucket
 from hpccomm.collectives import ring
 from hpccomm.collectives.engine import bind, even_cuts
@@ -173,7 +180,8 @@ def test_a_trust_ratio_of_a_shard_gives_another_result(name: str) -> None:
 
     def body(comm: Any, whole: bool) -> dict[str, Any]:
         right = OPTIMIZERS[name]
-        wrong = lambda bucket, reduce: kinds[name](Bucket({"flat": (bucket.size,)}), 0.1)  # noqa: E731
+        flat = lambda bucket: Bucket({"flat": (bucket.size,)})  # noqa: E731
+        wrong = lambda bucket, reduce: kinds[name](flat(bucket), 0.1, norm_reduce=np.copy)  # noqa: E731
         return run_steps(mics(comm, first_weights(), right if whole else wrong, 2), comm.rank, 1, 1)
 
     right, wrong = (run_on_ranks(4, lambda comm, w=w: body(comm, w), [0, 0, 1, 1])[0] for w in (True, False))
@@ -224,6 +232,91 @@ def test_every_group_takes_the_steps_of_data_parallelism(name: str, micro_steps:
             found = run(ranks, make, nodes_of(ranks, partitions[number]) if number < len(partitions) else None)
             for tensor, values in wanted.items():
                 assert np.allclose(found[tensor], values, rtol=1e-6, atol=1e-7), (name, ranks, number, tensor)
+
+
+DESCENT = scale(-0.1)
+WHOLE = "needs the whole model, each of . ranks holds a shard: "
+ON_SHARDS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
+    "max_norm": (lambda comm: DESCENT, {"max_norm": 0.5}, ""),
+    "clip": (lambda comm: chain(clip(0.5), DESCENT), {}, f"clip in .* {WHOLE}leave it out, and pass max_norm="),
+    "clip inside": (lambda comm: every(2, apply_if_finite(chain(adam(), clip(0.5), DESCENT))), {}, "pass max_norm="),
+    "clip of a function": (lambda comm: lambda bucket, reduce: chain(clip(0.5), DESCENT), {}, "pass max_norm="),
+    "global norm": (lambda comm: chain(scale_by_global_norm("clip", 0.5), DESCENT), {}, "pass lambda bucket, reduce"),
+    "global norm, reduced": (
+        lambda comm: lambda bucket, reduce: chain(scale_by_global_norm("normalise", 1.0, reduce), DESCENT),
+        {},
+        "",
+    ),
+    "no norm": (lambda comm: chain(scale_by_global_norm("none"), DESCENT), {}, ""),
+    "lamb": (lambda comm: lambda bucket, reduce: lamb(bucket, 0.1, norm_reduce=reduce), {}, ""),
+    "lamb, not reduced": (
+        lambda comm: lambda bucket, reduce: lamb(bucket, 0.1),
+        {},
+        "scale_by_trust_ratio in .*reduce",
+    ),
+    "lars, not reduced": (
+        lambda comm: lambda bucket, reduce: lars(bucket, 0.1),
+        {},
+        "scale_by_trust_ratio in .*reduce",
+    ),
+    "lamb that adapts nothing": (lambda comm: lambda bucket, reduce: lamb(bucket, 0.1, adapt=()), {}, ""),
+    "decay of matrices": (
+        lambda comm: lambda bucket, reduce: chain(weight_decay(0.1, bucket.mask("decay")), DESCENT),
+        {},
+        "",
+    ),
+    "a mask of the whole": (
+        lambda comm: chain(weight_decay(0.1, np.ones(69, bool)), DESCENT),
+        {},
+        r"weight_decay: the mask has shape \(69,\), the weights .* lambda bucket, reduce",
+    ),
+    "loss scale": (lambda comm: DESCENT, {"loss_scale": LossScale(8.0, 2)}, ""),
+    "scale_loss": (lambda comm: scale_loss(MPI.COMM_SELF, DESCENT), {}, "scale_loss in .* pass loss_scale="),
+    "gtc alone": (lambda comm: chain(gtc(MPI.COMM_SELF), DESCENT), {}, "threshold.* leave it out"),
+    "onebit_adam": (lambda comm: onebit_adam(MPI.COMM_SELF, 0.1, 1), {}, "onebit_adam in .* leave it out"),
+    "powersgd": (
+        lambda comm: lambda bucket, reduce: chain(powersgd(MPI.COMM_SELF, bucket), DESCENT),
+        {},
+        "powersgd in .* leave it out",
+    ),
+    "every": (lambda comm: every(2, chain(momentum(0.9), DESCENT)), {}, ""),
+    "local": (lambda comm: synchronous_sgd(MPI.COMM_SELF, 0.1, momentum=0.9), {}, ""),
+}
+"""An optimizer, arguments beside it, and why it is refused where ranks hold shards."""
+
+
+@pytest.mark.parametrize("name", ON_SHARDS)
+def test_an_optimizer_takes_the_same_steps_on_shards_of_any_size_or_is_refused(name: str) -> None:
+    """float32, rtol 1e-6: norms are summed in another order."""
+    make, arguments, why = ON_SHARDS[name]
+
+    def body(comm: Any, partition: int) -> dict[str, Any] | None:
+        def states() -> ShardedModel:
+            return mics(comm, first_weights(), make(comm), partition, **arguments)
+
+        if why and partition > 1:
+            with pytest.raises(ArgumentError, match=why):
+                states()
+            return None
+        return run_steps(states(), comm.rank, 1)
+
+    whole, *shards = (run_on_ranks(4, lambda comm, p=p: body(comm, p), nodes_of(4, p))[0] for p in (1, 2, 4))
+    assert whole
+    for found in shards:
+        assert bool(why) == (found is None)
+        assert all(np.allclose(found[tensor], whole[tensor], rtol=1e-6, atol=1e-7) for tensor in found or ())
+
+
+@pytest.mark.parametrize("partition", [1, 2])
+@pytest.mark.parametrize("exchange", [mean, gtc, lambda comm: bmuf(comm, DESCENT, 2)])
+def test_an_optimizer_that_exchanges_gradients_itself_is_refused(exchange: Any, partition: int) -> None:
+    def body(comm: Any) -> None:
+        with pytest.raises(
+            ArgumentError, match=r"the optimizer exchanges gradients itself, .*: leave the exchange out"
+        ):
+            mics(comm, first_weights(), chain(exchange(comm), DESCENT), partition)
+
+    run_on_ranks(2, body)
 
 
 def test_data_parallelism_takes_the_steps_of_one_rank_with_all_gradients() -> None:

@@ -25,7 +25,7 @@ from hpccomm.algorithms.parameter_server import (
     timeline,
 )
 from hpccomm.algorithms.row_sparse import RowCode
-from hpccomm.algorithms.transforms import Transform, chain, momentum, scale
+from hpccomm.algorithms.transforms import Transform, chain, clip, momentum, scale
 from hpccomm.buckets import Bucket
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind, even_cuts
@@ -561,6 +561,21 @@ def test_impossible_arguments_are_refused_on_every_rank(options: dict[str, Any],
             ParameterServer(comm, np.zeros(3), DESCENT, **options)
 
     run_on_ranks(2, body)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda comm: chain(clip(1.0), DESCENT), "clip in the optimizer needs the whole model, each of 2 servers"),
+        (lambda comm: synchronous_sgd(comm, 0.1), r"exchanges gradients itself, .* MPI.COMM_SELF"),
+    ],
+)
+def test_an_optimizer_that_is_wrong_on_a_slice_or_waits_for_workers_is_refused(make: Any, message: str) -> None:
+    def body(comm: Any) -> None:
+        with pytest.raises(ArgumentError, match=message):
+            ParameterServer(comm, np.zeros(3), make(comm), servers=2)
+
+    run_on_ranks(3, body)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from mpi4py import MPI
 
 from hpccomm import ArgumentError, Communicator, MismatchError, pickled
 from hpccomm.calls.entry import COLLECTIVES
+from hpccomm.errors import TransportError
 
 pytestmark = pytest.mark.mpi(sizes=(1, 2, 3))
 
@@ -148,6 +151,22 @@ def test_ranks_that_call_different_methods_are_named(auto: Communicator) -> None
         auto.allreduce(3, MPI.MAX if auto.rank == 1 else MPI.SUM)
 
 
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize(
+    ("mistake", "sentence"),
+    [
+        (lambda comm, odd: comm.bcast(1, int(odd)), r"root=0\).*rank 1 called Bcast.*root=1\)"),
+        (lambda comm, odd: comm.bcast(1) if odd else comm.allgather(1), r"called Allgather.*rank 1 called Bcast"),
+        (lambda comm, odd: comm.allreduce(1, min) if odd else comm.allgather(1), r"Allgather.*allreduce\(a function\)"),
+    ],
+)
+def test_mistakes_are_named_with_either_setting(auto: Communicator, mistake: Any, sentence: str) -> None:
+    ours = Communicator(auto.Dup(), pickle="auto", algorithm="shared")
+    ours.Barrier()
+    with pytest.raises(MismatchError, match=sentence):
+        mistake(ours, ours.rank == 1)
+
+
 def call_objects(comm: Communicator, root: int) -> dict[str, Any]:
     """What every lower-case collective gives, by its name."""
     rank, size = comm.rank, comm.size
@@ -219,3 +238,183 @@ def test_mistakes_of_calls_of_objects_are_named(comm: Communicator, calls: int, 
         failed = str(error)
     told = comm.allgather(failed)
     assert any(re.search(sentence, each) for each in told), told
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_root_that_is_many_calls_ahead_is_compared_with_a_late_rank(comm: Communicator, calls: int) -> None:
+    """It waits before it overwrites what the other one has to compare."""
+    ours, ahead = Communicator(comm.Dup()), 200
+    ours.Barrier()
+    for _ in range(calls):
+        call_objects(ours, 0)
+        call_objects(ours, 1)
+    failed = ""
+    time.sleep(0.3 * ours.rank)
+    try:
+        for k in range(ahead):
+            assert ours.bcast(k, int(ours.rank == 1 and k == 3)) == k
+    except MismatchError as error:
+        failed = str(error)
+    told = comm.allgather(failed)
+    assert re.search(r"bcast\(root=0\), rank 1 called bcast\(root=1\)", told[1]), told
+
+
+@pytest.fixture(params=["mpi4py", "auto", "before the entry"])
+def entered(comm: Communicator, request: pytest.FixtureRequest) -> Communicator:
+    """A communicator of its own whose entry knows the calls of objects, or that has none yet."""
+    made = Communicator(comm.Dup(), pickle="auto" if request.param == "auto" else "mpi4py")
+    if request.param != "before the entry":
+        made.Barrier()
+        for root in range(made.size):
+            call_objects(made, root)
+    return made
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_ranks_may_spell_the_calls_of_objects_differently(entered: Communicator) -> None:
+    """Some of them through the entry, others not: they meet in the same way."""
+    rank, size = entered.rank, entered.size
+    for spelt in (int, np.int64):
+        root = spelt(1) if rank == 0 else 1
+        op = MPI.Op(MPI.SUM) if rank == 0 and spelt is np.int64 else MPI.SUM
+        for _ in range(2):
+            assert entered.reduce(rank, op, root) == (size * (size - 1) // 2 if rank == 1 else None)
+            assert entered.gather(rank, root=root) == (list(range(size)) if rank == 1 else None)
+            assert entered.bcast(rank, root) == 1
+            assert entered.scan(1, op) == rank + 1
+            assert entered.allreduce(1, op) == size
+            assert entered.alltoall(list(range(size))) == [rank] * size
+
+
+class Distributed:
+    """An object whose ranks exchange something while it is pickled and while it is read."""
+
+    comm: Any = None
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __reduce__(self) -> Any:
+        return restore_distributed, (self.comm.allreduce(self.value),)
+
+    def __add__(self, other: Distributed) -> Distributed:
+        return Distributed(self.value + other.value)
+
+
+def restore_distributed(total: int) -> Distributed:
+    """What a rank reads."""
+    return Distributed(Distributed.comm.allreduce(total) // Distributed.comm.size)
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3))
+def test_objects_may_make_calls_while_they_are_pickled_and_read(entered: Communicator) -> None:
+    Distributed.comm, size = entered, entered.size
+    total = size * (size + 1) // 2
+    for _ in range(3):
+        made = entered.allgather(Distributed(entered.rank + 1))
+        assert [each.value for each in made] == [total] * size
+        made = entered.alltoall([Distributed(entered.rank + 1)] * size)
+        assert [each.value for each in made] == [total] * size
+        entered.Allreduce(np.ones(3), np.empty(3))
+        assert entered.context.recorded.counts[1] == 0, "no call is under way"
+    table = entered.context.consistency
+    assert table is None or table.active_seq == 0
+
+
+class Unpicklable:
+    """An object that cannot be pickled."""
+
+    def __reduce__(self) -> Any:
+        raise pickle.PicklingError("not this one")
+
+
+class Unreadable:
+    """An object that can be pickled and not be read."""
+
+    def __reduce__(self) -> Any:
+        return refuse_to_read, ()
+
+
+def refuse_to_read() -> None:
+    """Raise."""
+    raise pickle.UnpicklingError("not this one")
+
+
+class Picky:
+    """An object that rank 0 cannot read."""
+
+    def __reduce__(self) -> Any:
+        return read_on_other_ranks, ()
+
+
+def read_on_other_ranks() -> int:
+    """The rank, or an error on rank 0."""
+    if Distributed.comm.rank == 0:
+        raise pickle.UnpicklingError("not on this rank")
+    return int(Distributed.comm.rank)
+
+
+def fail(call: Callable[[], Any], *errors: type[BaseException]) -> None:
+    """Make a call that raises one of these errors."""
+    with pytest.raises(errors):
+        call()
+
+
+FAILURES: dict[str, Callable[[Communicator], Any]] = {
+    **{
+        f"{what.__name__} in {name}": lambda comm, name=name, what=what: call_with(comm, name, what)
+        for name, what in (
+            *((name, Unpicklable) for name in ("allgather", "allreduce", "alltoall", "gather", "scan")),
+            *((name, Unreadable) for name in ("allgather", "alltoall", "bcast")),
+        )
+    },
+    "too few objects": lambda comm: comm.alltoall([1] * (comm.size - 1)),
+    "an unknown argument": lambda comm: comm.allgather(1, wrong=2),
+}
+
+
+def call_with(comm: Communicator, name: str, make: Callable[[], Any]) -> Any:
+    """A call of objects of one kind."""
+    return getattr(comm, name)([make() for _ in range(comm.size)] if name == "alltoall" else make())
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("name", FAILURES)
+def test_after_an_exception_on_all_ranks_the_next_call_works(entered: Communicator, name: str) -> None:
+    for _ in range(2):
+        fail(lambda: FAILURES[name](entered), pickle.PickleError, TypeError, ValueError)
+        assert entered.allgather(entered.rank) == list(range(entered.size))
+        entered.Allreduce(np.ones(3), total := np.empty(3))
+        assert (total == entered.size).all()
+        assert entered.bcast(entered.rank, 1) == 1
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_after_an_exception_on_one_rank_when_all_messages_had_come_the_next_call_works(entered: Communicator) -> None:
+    Distributed.comm = entered
+    for call in (lambda: entered.bcast(Picky(), 1), lambda: entered.allgather(Picky())[0]):
+        for _ in range(2):
+            try:
+                made = call()
+            except pickle.UnpicklingError:
+                made = 0
+            assert entered.allgather(made) == list(range(entered.size))
+            assert entered.bcast(entered.rank, 1) == 1
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_after_an_exception_before_the_messages_of_one_rank_the_ranks_are_out_of_step(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root of a gather has not received what the other rank has sent."""
+    ours = Communicator(comm.Dup())
+    if ours.context.consistency is None:
+        pytest.skip("the ranks' calls are not compared here")
+    if ours.rank == 0:
+        fail(lambda: ours.gather(Unpicklable()), pickle.PicklingError)
+        fail(lambda: ours.gather(1), TransportError)
+        fail(ours.Barrier, TransportError)
+    else:
+        ours.gather(1)
+    assert comm.allgather(ours.rank) == [0, 1]

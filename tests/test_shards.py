@@ -233,6 +233,53 @@ def test_any_number_of_ranks_continues_bit_for_bit(reader: str, tmp_path: Path) 
         assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
 
 
+NOTES: dict[str, Any] = {
+    "units": 3,
+    "ranks": 4,
+    "dtype": "x",
+    "loss_scale": 1.0,
+    "steps": 100,
+    "step": 7,
+    "name": "me",
+    "folder": "there",
+    "states": [1],
+    "note": {"a": None},
+    "shards": {},
+    "set": "0",
+    "bytes": [],
+    "format": 9,
+    "run": {"ranks": 9},
+}
+"""Words that describe a set, or are names of arguments, as keys of a note."""
+
+
+@pytest.mark.parametrize("keys", [*([key] for key in NOTES), list(NOTES)], ids=lambda keys: "+".join(keys)[:20])
+def test_a_note_may_have_any_keys_and_comes_back_alone(keys: list[str], tmp_path: Path) -> None:
+    note = {key: NOTES[key] for key in keys}
+
+    def save(comm: Any) -> dict[str, Any]:
+        states = mics(comm, first_weights(), OPTIMIZERS["adam"], 2, loss_scale=LossScale(4.0, 3))
+        run_steps(states, comm.rank, 0, 2)
+        save_shards(tmp_path, "run", states, **note)
+        checkpoint_sets.save_set(comm, tmp_path, "other", note, weights=np.full(2, comm.rank))
+        return weights_of(states)
+
+    def load(comm: Any) -> dict[str, Any]:
+        states = zero(comm, first_weights(), OPTIMIZERS["adam"])
+        assert load_shards(tmp_path, "run", states) == note
+        assert (states.steps, states.loss_scale) == (2, LossScale(4.0, 3, 2))
+        (found,) = checkpoint_sets.load_set(comm, tmp_path, "other", weights=np.zeros(2, int))
+        assert found.tolist() == [comm.rank] * 2
+        manifest = checkpoint_sets.read_manifest(tmp_path, "other")
+        assert manifest
+        assert manifest.note == note
+        return weights_of(states)
+
+    saved = run_on_ranks(2, save)
+    for found, wanted in zip(run_on_ranks(2, load), saved, strict=True):
+        assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+
+
 @pytest.mark.parametrize("optimizer", ["momentum", "adam", "lars", "lamb", "sgd"])
 def test_the_state_of_every_optimizer_is_kept(optimizer: str, tmp_path: Path) -> None:
     """Where norms are summed in another order: rtol 1e-6."""
@@ -303,12 +350,14 @@ def test_a_file_with_a_wrong_byte_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_or_note_and_other_models_are_named(tmp_path: Path) -> None:
     save_run(tmp_path)
     other = {"embedding": {"table": np.ones((7, 4), "f4")}}
-    saved = "saved were units of float32 embedding 21, one 25, gain 1, out 22: load into the same model"
+    saved = "saved were units of float32 embedding 21, one 25, gain 1, out 22, this model has float"
     check_refused(tmp_path, saved, lambda comm: mics(comm, other, OPTIMIZERS["adamw"], 2))
     momentum = lambda comm: mics(comm, first_weights(), OPTIMIZERS["lars"], 2)  # noqa: E731
     check_refused(tmp_path, "state:velocity.0.*name a whole file that save wrote", momentum)
     shard(tmp_path, 1).unlink()
-    check_refused(tmp_path, r"\.1of2.npz cannot be read .No such file.*, but the manifest names it")
+    check_refused(
+        tmp_path, r"\.1of2.npz cannot be read .No such file.*, but run.json names it: copy all files of the set"
+    )
     note = tmp_path / "run.json"
     note.write_text(note.read_text()[:40])
     check_refused(tmp_path, "run.json does not describe a saved run")

@@ -18,7 +18,7 @@ from hpccomm.errors import ArgumentError
 from hpccomm.launcher import trace_into
 from hpccomm.observe import report
 from hpccomm.observe.flight_recorder import Event, Recorder, count_bytes
-from hpccomm.observe.timeline import build, last_ranks
+from hpccomm.observe.timeline import build, by_call, last_ranks, list_meetings
 from hpccomm.performance.units import format_ranges
 from hpccomm.testing.jobs import run_under_mpi
 
@@ -149,6 +149,11 @@ def event(name: str, begin: int, end: int, call: int = 1) -> Event:
     return Event(f"{name}(sum, float32)", begin, end, 8, "ranks 0-1", 7, call)
 
 
+def find_last(events: list[list[Event]]) -> dict[tuple[int, int], Any]:
+    """By call the rank that began it last, and when."""
+    return dict(by_call(last_ranks([list_meetings(one, rank) for rank, one in enumerate(events)])))
+
+
 def test_clocks_are_aligned_before_ranks_are_compared() -> None:
     """Rank 1's clock is 1000 ns ahead: it began first, although its own number is larger."""
     events = [[event("Allreduce", 500, 900)], [event("Allreduce", 1100, 1900)]]
@@ -164,12 +169,13 @@ def test_clocks_are_aligned_before_ranks_are_compared() -> None:
 def test_calls_that_do_not_meet_have_no_waiting() -> None:
     events = [[event("Bcast", 0, 9)], [event("Bcast", 50, 60)]]
     assert not [each for each in build(events, [0, 0], ["a", "a"], [0, 1])["traceEvents"] if each.get("cat") == "wait"]
-    assert last_ranks(events, [0, 1]) == {}
+    assert find_last(events) == {}
 
 
 def test_inner_calls_are_not_matched() -> None:
     events = [[event("Allreduce", 5, 9, -1), event("Allreduce", 0, 10)], [event("Allreduce", 2, 10)]]
-    assert last_ranks(events, [0, 1])[7, 1] == (1, 2)
+    assert find_last(events) == {(7, 1): (1, 2)}
+    assert find_last([events[1], events[1]]) == {(7, 1): (0, 2)}  # at the same time: the lowest
 
 
 def test_an_empty_trace_is_a_trace() -> None:

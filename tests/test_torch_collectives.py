@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial, reduce
@@ -680,6 +681,72 @@ def test_an_asynchronous_mistake_is_raised_by_wait() -> None:
     assert work.is_completed()
     assert not work.is_success()
     assert isinstance(work.exception(), MismatchError)
+
+
+LIMIT, NO_LIMIT, LATE_SECONDS = timedelta(seconds=0.2), timedelta(0), 1.5
+ROW = partial(torch.ones, 4)
+TIMED: dict[str, Callable[[Any, timedelta], Any]] = {
+    "torch's barrier": lambda group, limit: dist.barrier(timeout=limit or None),
+    "an asynchronous barrier": lambda group, limit: dist.barrier(async_op=True, timeout=limit or None).wait(),
+    "barrier": lambda group, limit: group.barrier(limit).wait(),
+    "allreduce": lambda group, limit: group.allreduce([ROW()], Op.SUM, limit).wait(),
+    "allreduce of one": lambda group, limit: group.allreduce(ROW(), op=Op.SUM, timeout=limit).wait(),
+    "broadcast": lambda group, limit: group.broadcast(ROW(), 1, limit).wait(),
+    "reduce": lambda group, limit: group.reduce(ROW(), 0, Op.SUM, limit).wait(),
+    "allgather": lambda group, limit: group.allgather([ROW() for _ in range(group.size())], ROW(), limit).wait(),
+    "gather": lambda group, limit: group.gather([ROW() for _ in range(group.size())], ROW(), 0, limit).wait(),
+    "scatter": lambda group, limit: group.scatter(ROW(), [ROW() for _ in range(group.size())], 0, limit).wait(),
+    "reduce_scatter": lambda group, limit: group.reduce_scatter(
+        ROW(), [ROW() for _ in range(group.size())], Op.SUM, limit
+    ).wait(),
+    "alltoall": lambda group, limit: group.alltoall(
+        [ROW() for _ in range(group.size())], [ROW() for _ in range(group.size())], timeout=limit
+    ).wait(),
+    "all_to_all_single": lambda group, limit: group.all_to_all_single(
+        torch.ones(4 * group.size()), torch.ones(4 * group.size()), [], [], limit
+    ).wait(),
+}
+"""Calls of a group that take so long at most."""
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("name", TIMED)
+def test_a_call_with_a_time_limit_ends_on_the_ranks_that_wait(name: str) -> None:
+    group, late = dist.group.WORLD, dist.get_rank() == dist.get_world_size() - 1
+    if late:
+        time.sleep(LATE_SECONDS)
+        TIMED[name](group, NO_LIMIT)
+    else:
+        last = dist.get_world_size() - 1
+        with pytest.raises(MismatchError, match=rf"timed out after 0.2 s: missing ranks: .*{last}"):
+            TIMED[name](group, LIMIT)
+    dist.barrier()
+    TIMED[name](group, timedelta(seconds=60))
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("name", ["all_reduce", "asynchronous all_reduce", "recv"])
+def test_the_time_limit_of_a_group_ends_each_of_its_calls(name: str) -> None:
+    group, last = dist.new_group(timeout=LIMIT), dist.get_world_size() - 1
+    x, late = torch.ones(4), dist.get_rank() == last
+    calls = {
+        "all_reduce": lambda: dist.all_reduce(x, group=group),
+        "asynchronous all_reduce": lambda: dist.all_reduce(x, group=group, async_op=True).wait(),
+        "recv": lambda: dist.send(x, 0, group) if late else dist.recv(x, last, group),
+    }
+    if late:
+        time.sleep(LATE_SECONDS)
+        if name != "recv":
+            group.set_timeout(timedelta(hours=1))
+            calls[name]()
+    elif name != "recv" or dist.get_rank() == 0:
+        with pytest.raises(MismatchError, match=r"timed out after 0.2 s"):
+            calls[name]()
+    dist.barrier()
+    if name == "recv" and late:
+        calls[name]()
+    dist.barrier()
+    dist.destroy_process_group(group)
 
 
 def test_monitored_barrier_names_missing_ranks() -> None:

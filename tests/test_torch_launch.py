@@ -244,6 +244,51 @@ time.sleep(60)
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "other", "said"),
+    [("3", "time.sleep(60)", "exitcode  : 3"), ("'lost'", "dist.barrier()", "lost"), ("True", "", "exitcode  : 1")],
+)
+def test_a_rank_that_exits_under_torchrun_ends_the_job_by_its_status(
+    status: str, other: str, said: str, tmp_path: Path, entry_point: dict[str, str]
+) -> None:
+    text = f"""
+import time
+dist.init_process_group("hpccomm")
+try:
+    sys.exit(4)
+except SystemExit as error:
+    assert error.code == 4
+dist.barrier()
+sys.stderr.write(f"at {{time.time()}}\\n")
+if dist.get_rank():
+    sys.exit({status})
+{other}
+"""
+    done = run_under_torchrun(write(tmp_path, text), entry_point)
+    ended = time.time()
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert ended - max(float(line[3:]) for line in done.stderr.splitlines() if line.startswith("at ")) < 10
+
+
+@pytest.mark.slow
+def test_a_rank_that_exits_by_status_0_under_torchrun_lets_the_others_end(
+    tmp_path: Path, entry_point: dict[str, str]
+) -> None:
+    text = """
+import time
+dist.init_process_group("hpccomm")
+dist.barrier()
+if dist.get_rank():
+    sys.exit(0)
+time.sleep(1)
+sys.stdout.write("last\\n")
+sys.exit()
+"""
+    check_lines(run_under_torchrun(write(tmp_path, text), entry_point), ["last"])
+
+
 ENDS = {
     "rank 1 last": ("time.sleep(rank)", ""),
     "by an exception": ("if rank: raise KeyError('lost')\n    time.sleep(60)", "KeyError: 'lost'"),

@@ -15,7 +15,7 @@ from torch_world import dist, process_group, torch
 
 import hpccomm
 from hpccomm import progress
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, MismatchError
 from hpccomm.torch import LAMB, LARS, OneBitAdam, communicator, compress, local, second_hop
 from hpccomm.torch.mics import SecondHop
 from hpccomm.train.torch_networks import gpt_loss
@@ -298,8 +298,10 @@ def test_a_compressed_state_for_another_number_of_ranks() -> None:
     made.load_state_dict(four)
     found = residuals_of(made.state_dict())
     assert np.allclose(found, unsent, rtol=1e-6, atol=1e-9)  # a mean of float32 in float64, rounded once
-    made.load_state_dict(both)
-    assert np.array_equal(residuals_of(made.state_dict()), residuals[dist.get_rank()])
+    for saved in (parts, both):
+        made.load_state_dict(saved)
+        assert np.array_equal(residuals_of(made.state_dict()), residuals[dist.get_rank()])
+        run_steps(ddp, optimizer, 3, 4)
     with pytest.raises(ArgumentError, match=r"the state of rank . of 2 is not among rank 0 of 3"):
         made.load_state_dict({"rank 0 of 3": both["rank 0 of 2"]})
 
@@ -405,6 +407,20 @@ def test_local_methods_end_with_one_model_and_learn(name: str) -> None:
     optimizer.finish()
     assert len(hashes_of(model.parameters())) == 1
     assert float(gpt_loss(model, batch_of(0))) < before
+
+
+def test_models_with_other_parameters_are_named_before_the_first_step(capfd: Any) -> None:
+    """Under DDP they are refused by torch itself, as far as shapes go."""
+    shape = (3, 2) if dist.get_rank() else (2, 3)
+    parameters = [torch.nn.Parameter(torch.zeros(shape))]
+    makes: list[Any] = [
+        lambda: local(torch.optim.SGD(parameters, 0.1), lambda comm, inner: hpccomm.local_sgd(comm, inner, 2)),
+        lambda: OneBitAdam(parameters, 0.1, 3),
+        lambda: hpccomm.BucketedExchange(communicator(), {"w": parameters[0]}, hpccomm.mean),
+    ]
+    for make in makes:
+        with pytest.raises(MismatchError, match=r"float32\[3, 2\] on rank 1, .* float32\[2, 3\] on rank 0"):
+            make()
 
 
 def test_local_sgd_with_a_period_of_one_is_the_mean_of_the_models() -> None:

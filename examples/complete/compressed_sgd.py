@@ -25,7 +25,7 @@ targets = inputs @ truth
 tensors = {"weight": np.zeros((200, 100), "f4"), "bias": np.zeros(100, "f4")}
 bucket = hpccomm.Bucket(tensors)  # all tensors as one flat vector, in which gradients travel
 weights = bucket.flatten(tensors)
-method = hpccomm.chain(hpccomm.dgc(comm, bucket, density=0.01, warmup=40), hpccomm.scale(-0.004))
+method = hpccomm.chain(hpccomm.dgc(comm, bucket, density=0.01, warmup=40, clip=100.0), hpccomm.scale(-0.004))
 state = method.init(weights)
 step = np.zeros((), np.int64)
 

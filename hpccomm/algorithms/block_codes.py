@@ -12,7 +12,7 @@ Wang et al., ICLR 2024, quantises by blocks in this way.)  Steps and errors add 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from hpccomm.algorithms.compression.format import check_flat
 from hpccomm.algorithms.error_feedback import LARGEST_SUM, all_ranks_true, largest
 from hpccomm.algorithms.exchange import allreduce_bytes, exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
-from hpccomm.algorithms.states import ShardedVector, Unsent
+from hpccomm.algorithms.states import GroupSize, ShardedVector, Unsent
 from hpccomm.algorithms.transforms import ResidualTransform, Transform, Vector, check_choice, check_shape
 from hpccomm.collectives.compressed.two_phase import CODES, mean_of_codes
 
@@ -39,6 +39,8 @@ class BlockMeanState(NamedTuple):
     skipped: int
     """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
+    ranks: GroupSize
+    """How many ranks exchange."""
 
     def messages(self) -> MessageReport:
         """The residual, and the bytes of a step."""
@@ -68,7 +70,7 @@ def block_mean(
     def init(weights: Vector) -> BlockMeanState:
         n = check_flat(weights, "block_mean").size if feedback else 0
         shard = np.array_split(np.zeros(n, np.float32), comm.size)[comm.rank].copy()
-        return BlockMeanState(np.zeros(n, np.float32), shard, 0, 0, ExchangeReport())
+        return BlockMeanState(np.zeros(n, np.float32), shard, 0, 0, ExchangeReport(), comm.size)
 
     def update(gradient: Vector, state: BlockMeanState, weights: Vector) -> tuple[Vector, BlockMeanState]:
         if feedback:
@@ -95,4 +97,7 @@ def block_mean(
         after = state._replace(residual=np.zeros_like(total), server=np.zeros_like(state.server))
         return total + shards, after._replace(report=state.report.add(cost))
 
-    return ResidualTransform.of(init, update, flush_state, None) if feedback else Transform(init, update)
+    named: Any = {"comm": comm, "needs_whole": "block_mean"}
+    if not feedback:
+        return Transform(init, update, **named)
+    return ResidualTransform.of(init, update, flush_state, None, **named)

@@ -14,13 +14,13 @@ divided into the states of the tensors (:mod:`hpccomm.algorithms.tensor_states`)
 from __future__ import annotations
 
 import inspect
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from hpccomm.algorithms.agreement import REMEDY, check_same_tensors, rows_of
 from hpccomm.algorithms.reports import ExchangeReport
 from hpccomm.algorithms.states import (
     RankChange,
@@ -198,15 +198,8 @@ class BucketedExchange:
 
     def _make_methods(self, channel: Any) -> None:
         """Compare the buckets of all ranks, and make the method and the state of each."""
-        mine = [[*each.layout.bucket.table, str(each.layout.bucket.dtype)] for each in self.buckets]
-        sums = channel.allgather([zlib.crc32(repr(each).encode()) for each in mine])
-        for rank, each in enumerate(sums):
-            if each != sums[0]:
-                k = next((k for k, pair in enumerate(zip(each, sums[0], strict=False)) if pair[0] != pair[1]), 0)
-                raise MismatchError(
-                    f"{self.who}: bucket {k} of rank {rank} holds other tensors than that of rank 0: pass the same "
-                    "names, shapes and dtypes in the same order, and the same bucket_bytes, on all ranks"
-                )
+        rows = [f"bucket {each.number}: {row}" for each in self.buckets for row in rows_of(each.layout.bucket)]
+        check_same_tensors(channel, "BucketedExchange", rows, f"{REMEDY}, and the same bucket_bytes")
         for bucket in self.buckets:
             bucket.method = make_method(self._make, channel, bucket.layout.bucket)
             bucket.state = bucket.method.init(bucket.flatten_weights())
@@ -440,9 +433,9 @@ class BucketedExchange:
 
 
 def form_of(state: Any) -> list[Any]:
-    """The paths of a state's leaves, and the shapes of those that hold values from step to step."""
+    """The paths of a state's leaves, and the shapes of those that hold values from step to step, or the ranks."""
     return [
-        (path, None if change is RankChange.SCRATCH else np.shape(leaf))
+        (path, None if change is RankChange.SCRATCH else leaf if change is RankChange.GROUP else np.shape(leaf))
         for path, leaf, change in leaves_with_changes(state)
     ]
 

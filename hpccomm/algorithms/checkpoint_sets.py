@@ -40,6 +40,8 @@ class Manifest(NamedTuple):
     """Empty for a set of format 1."""
     nbytes: list[int]
     """The lengths of the files; empty for a set of format 1."""
+    own: dict[str, Any]
+    """What this package says of the set beside its name and lengths; the note is the program's."""
 
     def places(self, size: int) -> int:
         """How many files there are; ``size`` where a set of format 1 does not tell."""
@@ -77,7 +79,7 @@ def load_set(comm: Any, folder: str | os.PathLike[str], name: str, /, **like: An
     what = f"load_set {os.fspath(folder)}"
     manifest = find_set(comm, folder, name, what)
     states = run_collectively(comm, what, lambda: restore_set(Path(folder), manifest, comm, like))
-    found: tuple[Any, ...] = run_collectively(comm, what, lambda: take_own(states, manifest, comm))
+    found: tuple[Any, ...] = run_collectively(comm, what, lambda: take_own(states, manifest, comm, like))
     return found
 
 
@@ -90,10 +92,11 @@ def restore_set(folder: Path, manifest: Manifest, comm: Any, like: dict[str, Any
     return found
 
 
-def take_own(states: list[tuple[Any, ...]], manifest: Manifest, comm: Any) -> tuple[Any, ...]:
+def take_own(states: list[tuple[Any, ...]], manifest: Manifest, comm: Any, like: dict[str, Any]) -> tuple[Any, ...]:
     """This rank's states out of those of :func:`restore_set`."""
-    same = manifest.places(comm.size) == comm.size
-    found: tuple[Any, ...] = states[0] if same else for_ranks(states, comm.rank, comm.size)
+    if manifest.places(comm.size) == comm.size:
+        return states[0]
+    found: tuple[Any, ...] = for_ranks(states, comm.rank, comm.size, tuple(like.values()))
     return found
 
 
@@ -122,6 +125,7 @@ def write_set(
     states: dict[str, Any] | None,
     place: int,
     places: int,
+    own: dict[str, Any] | None = None,
 ) -> None:
     """Write a set of ``places`` files, of which this rank writes one, unless ``states`` is None (collective)."""
     folder = Path(folder)
@@ -138,7 +142,7 @@ def write_set(
                     file.unlink()
             raise
         lengths = dict(comm.allgather((place if states is not None else -1, nbytes)))
-        manifest = Manifest(note, name, identity, [lengths[each] for each in range(places)])
+        manifest = Manifest(note, name, identity, [lengths[each] for each in range(places)], own or {})
         run_collectively(comm, what, lambda: write_manifest(folder, manifest) if comm.rank == 0 else None)
         with suppress(OSError):
             if old:
@@ -151,9 +155,7 @@ def begin(stack: ExitStack, folder: Path, name: str, note: dict[str, Any]) -> tu
     """On rank 0: lock the name, and remove what killed saves have left; a new set, and the older one."""
     if not name or "/" in name or "\0" in name:
         raise ArgumentError(f"the name {name!r} is no file name: leave out slashes")
-    if taken := [key for key in OWN if key in note]:
-        raise ArgumentError(f"the note has a key {taken[0]!r}, which the manifest uses itself: name it otherwise")
-    json.dumps(note)
+    check_note(note)
     folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(lock_name(folder, name))
     remove_parts(folder)
@@ -161,6 +163,18 @@ def begin(stack: ExitStack, folder: Path, name: str, note: dict[str, Any]) -> tu
     with suppress(ArgumentError):
         old = read_manifest(folder, name)
     return os.urandom(8).hex(), old
+
+
+def check_note(note: Any) -> None:
+    """Raise for a note that JSON cannot hold, or that uses a key of the manifest."""
+    if not isinstance(note, dict) or not all(isinstance(key, str) for key in note):
+        raise ArgumentError(f"the note is a {type(note).__name__}: pass a dict by text; a state needs another name")
+    if taken := [key for key in OWN if key in note]:
+        raise ArgumentError(f"the note has a key {taken[0]!r}, which the manifest uses itself: name it otherwise")
+    try:
+        json.dumps(note)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"the note cannot be kept ({error}): pass numbers, text, lists and dicts") from None
 
 
 @contextmanager
@@ -184,7 +198,7 @@ def file_name(name: str, identity: str, place: int, places: int) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest."""
-    own = {"format": FORMAT, "set": manifest.set, "bytes": manifest.nbytes}
+    own = {**manifest.own, "format": FORMAT, "set": manifest.set, "bytes": manifest.nbytes}
     data = {**json.loads(json.dumps(manifest.note)), "checkpoint": own}
     text = json.dumps({**data, "crc32": checksum(data)}, indent=1)
     write_text(folder / f"{manifest.name}.json", text + "\n", flush=True, mode=0o666)
@@ -225,11 +239,14 @@ def read_manifest(folder: Path, name: str) -> Manifest | None:
         own, told = data.get("checkpoint"), data.pop("crc32", None)
         if own is None and told is None:
             return (
-                Manifest(data, name, "", []) if {"step", "steps"} & data.keys() else demand(False, "it names no step")
+                Manifest(data, name, "", [], {})
+                if {"step", "steps"} & data.keys()
+                else demand(False, "it names no step")
             )
         demand(told == checksum(data), "its checksum differs")
         demand(own["format"] <= FORMAT, f"its format is {own['format']}, this version reads formats 1 to {FORMAT}")
-        return Manifest({key: each for key, each in data.items() if key not in OWN}, name, own["set"], own["bytes"])
+        note = {key: each for key, each in data.items() if key not in OWN}
+        return Manifest(note, name, own.pop("set"), own.pop("bytes"), own)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -248,7 +265,10 @@ def open_member(folder: Path, manifest: Manifest, place: int) -> CheckpointFile:
     try:
         file = CheckpointFile(path)
     except OSError as error:
-        raise ArgumentError(f"{path} cannot be read ({error.strerror}), but the manifest names it") from None
+        raise ArgumentError(
+            f"{path} cannot be read ({error.strerror}), but {manifest.name}.json names it: copy all files of the set "
+            "into one folder that every rank can read"
+        ) from None
     found = file.label.get("set", ""), file.label.get("place", place), file.nbytes
     wanted = manifest.set, place, manifest.nbytes[place] if manifest.set else file.nbytes
     if found != wanted:

@@ -1,6 +1,7 @@
 """Checkpoints: the leaves of a state by path, saved to a file and restored bit for bit.
 
-*A state is nested tuples of arrays and numbers; a path names a leaf: ``outer.1.velocity``.*  Every rank has a state of
+*A state is nested tuples of arrays and numbers; a path names a leaf: ``outer.1.velocity``.*  Dicts and lists of arrays,
+also PyTorch's and JAX's, are saved and restored likewise, by their names.  Every rank has a state of
 its own (residuals, local moments, the position in a block), so every rank writes a file of its own; the files of all
 ranks are a set, see :mod:`hpccomm.algorithms.checkpoint_sets`.  A run restored from a checkpoint takes the same steps,
 bit for bit, as one that was never interrupted.
@@ -16,7 +17,7 @@ import math
 import os
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,9 +25,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.states import RankChange, leaves, map_declared
+from hpccomm.algorithms.states import RankChange, leaves, leaves_with_changes, map_declared
+from hpccomm.arrays import borrow, is_on_device, to_device_like, to_host
 from hpccomm.errors import ArgumentError
 from hpccomm.files import remove_parts, replace_file
+from hpccomm.performance.units import format_count
 
 Array = npt.NDArray[Any]
 
@@ -35,6 +38,7 @@ FORMAT = 2
 LABEL = "hpccomm.json"
 CHUNK = 1 << 20
 NUMBERS = (bool, int, float)
+READABLE = (np.ndarray, np.generic, *NUMBERS)
 READER = threading.Lock()
 """NumPy parses the header of each array as Python source, and two threads that parse at once raise SystemError (AST
 constructor recursion depth mismatch, CPython 3.11.7)."""
@@ -42,20 +46,28 @@ constructor recursion depth mismatch, CPython 3.11.7)."""
 
 def state_dict(state: Any) -> dict[str, Any]:
     """Copies of all arrays, and the numbers, by their paths.  Raises for a state that holds anything else."""
-    return {path: leaf.copy() if isinstance(leaf, np.ndarray) else leaf for path, leaf in check_leaves(state)}
+    return {path: leaf.copy() if isinstance(leaf, np.ndarray) else leaf for path, leaf in read_leaves(state)}
 
 
-def check_leaves(state: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of a state by path; raises for one that is neither an array nor a number."""
+def read_leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a state by path, below a name, arrays as NumPy's; raises for what is neither array nor number."""
     for path, leaf in leaves(state):
-        known = isinstance(leaf, np.ndarray | np.generic | bool | int | float)
-        if not known or np.asarray(leaf).dtype.hasobject:
-            what = f"of objects, {leaf.dtype}" if isinstance(leaf, np.ndarray) else type(leaf).__name__
-            raise ArgumentError(
-                f"state_dict: {path or 'the state'} is {leaf if isinstance(leaf, int) else what}: a state is nested "
-                "tuples of arrays and of numbers of at most 64 bits"
-            )
-        yield path, leaf
+        where = f"{name}.{path}" if name and path else name or path
+        yield where, read_leaf(leaf, where)
+
+
+def read_leaf(leaf: Any, path: str) -> Any:
+    """A number, or an array of any library as NumPy's; raises for anything else."""
+    found = leaf if isinstance(leaf, READABLE) else None
+    if found is None and hasattr(leaf, "shape"):
+        found = to_host(leaf) if is_on_device(leaf) else borrow(leaf, path)[0]
+    if found is None or np.asarray(found).dtype.hasobject:
+        what = f"of objects, {leaf.dtype}" if isinstance(leaf, np.ndarray) else type(leaf).__name__
+        raise ArgumentError(
+            f"{path or 'the state'} is {leaf if isinstance(leaf, int) else what}: pass arrays and numbers of at most "
+            "64 bits, alone or in tuples, lists and dicts"
+        )
+    return found
 
 
 def load_state_dict(like: Any, saved: dict[str, Any], other_ranks: bool = False) -> Any:
@@ -65,22 +77,49 @@ def load_state_dict(like: Any, saved: dict[str, Any], other_ranks: bool = False)
     divides them anew.  Raises where paths, shapes or dtypes differ: another method, model or number of ranks wrote
     them.
     """
-    compare_paths([path for path, _ in leaves(like)], saved)
+    compare_paths(paths_by_need(like), saved)
+    if not other_ranks:
+        check_ranks((path, leaf, saved[path]) for path, leaf in group_sizes(like) if path in saved)
 
     def restore(path: str, leaf: Any, change: RankChange | None) -> Any:
+        if change is RankChange.GROUP and path not in saved:
+            return leaf
         found = restore_leaf(path, leaf, saved[path], change, other_ranks)
         return found.copy() if isinstance(found, np.ndarray) else found
 
     return map_declared(restore, like)
 
 
-def compare_paths(wanted: Iterable[str], found: Iterable[str]) -> None:
+def paths_by_need(state: Any) -> dict[str, bool]:
+    """The paths of a state, and whether every file has them; some states of older files do not count the ranks."""
+    return {path: change is not RankChange.GROUP for path, _, change in leaves_with_changes(state)}
+
+
+def group_sizes(state: Any) -> Iterator[tuple[str, int]]:
+    """The numbers of ranks that exchange, by path."""
+    return ((path, leaf) for path, leaf, change in leaves_with_changes(state) if change is RankChange.GROUP)
+
+
+def check_ranks(rows: Iterable[tuple[str, int, Any]]) -> None:
+    """Raise where a state is one of another number of ranks; a row is the path, the number here, and the saved one."""
+    for path, here, saved in rows:
+        if np.ndim(saved) == 0 and np.asarray(saved).dtype.kind in "iu" and int(saved) != here:
+            raise ArgumentError(
+                f"load_state_dict: saved by one of {format_count(int(saved), 'rank')}, this method exchanges between "
+                f"{format_count(here, 'rank')} ({path}): save with save_set and load with load_set, or load the files "
+                "of all ranks with other_ranks=True and pass the states to for_ranks"
+            )
+
+
+def compare_paths(wanted: Mapping[str, bool], found: Iterable[str]) -> None:
     """Raise where a checkpoint holds other paths than the state."""
-    wanted, found = set(wanted), set(found)
-    if wanted != found:
+    found = set(found)
+    missing, extra = {path for path, needed in wanted.items() if needed and path not in found}, found - wanted.keys()
+    if missing or extra:
+        parts = [f"it lacks {list_some(missing)}"] * bool(missing) + [f"it also holds {list_some(extra)}"] * bool(extra)
         raise ArgumentError(
-            f"load_state_dict: missing {list_some(wanted - found)}, not in this method's state "
-            f"{list_some(found - wanted)}: load into the method that saved"
+            f"load_state_dict: {', '.join(parts)}: pass every state that was saved, under its name, of the method that "
+            "saved"
         )
 
 
@@ -92,6 +131,9 @@ def list_some(names: set[str]) -> str:
 
 def restore_leaf(path: str, like: Any, value: Any, change: RankChange | None, other_ranks: bool) -> Any:
     """One leaf: an array of the same shape and dtype, or a number."""
+    if read_leaf(like, path) is not like:
+        found = restore_leaf(path, read_leaf(like, path), value, change, other_ranks)
+        return to_device_like(found, like) if is_on_device(like) else borrow(like)[1](found.copy())
     array = np.asarray(value)
     if change is RankChange.SCRATCH and (array.shape, array.dtype) != (like.shape, like.dtype):
         return like.copy()
@@ -137,8 +179,7 @@ def save(path: str | os.PathLike[str], /, **states: Any) -> None:
 
 def write_file(target: Path, states: dict[str, Any], **label: Any) -> int:
     """Write states and a label; returns the bytes of the file."""
-    names = list(states)
-    found = [(entry_name(path, names), np.asarray(leaf)) for path, leaf in check_leaves(tuple(states.values()))]
+    found = [(path, np.asarray(leaf)) for name, state in states.items() for path, leaf in read_leaves(state, name)]
     twice = {name for name, _ in found}
     if len(twice) < len(found):
         raise ArgumentError(f"save: two states have leaves of one name among {list_some(twice)}: rename a state")
@@ -159,14 +200,15 @@ def write_arrays(file: BinaryIO, arrays: Iterable[tuple[str, Array]], label: str
                 np.lib.format.write_array(stream, raw, allow_pickle=False)
 
 
-def load(path: str | os.PathLike[str], /, **like: Any) -> tuple[Any, ...]:
+def load(path: str | os.PathLike[str], /, *, other_ranks: bool = False, **like: Any) -> tuple[Any, ...]:
     """What :func:`save` wrote, in the form of ``like``: ``weights, state = load(p, weights=weights, method=state)``.
 
+    The state of a run with another number of ranks is refused, but for ``other_ranks``, see :func:`load_state_dict`.
     Raises where the file is damaged or no checkpoint, or holds other names, shapes or dtypes.  Nothing in the file is
     executed, and no more memory is taken than the file has bytes.
     """
     with CheckpointFile(path) as file:
-        return file.restore(like)
+        return file.restore(like, other_ranks)
 
 
 class CheckpointFile:
@@ -242,10 +284,15 @@ class CheckpointFile:
 
         def restore(path: str, leaf: Any, change: RankChange | None) -> Any:
             name = entry_name(path, names)
+            if change is RankChange.GROUP and name not in self.names:
+                return leaf
             return restore_leaf(name, leaf, self.read(name), change, other_ranks)
 
         try:
-            compare_paths([entry_name(path, names) for path, _ in leaves(states)], self.names)
+            compare_paths({entry_name(path, names): each for path, each in paths_by_need(states).items()}, self.names)
+            if not other_ranks:
+                sizes = [(entry_name(path, names), size) for path, size in group_sizes(states)]
+                check_ranks((name, size, self.read(name)) for name, size in sizes if name in self.names)
             found: tuple[Any, ...] = map_declared(restore, states)
         except ArgumentError as error:
             raise ArgumentError(str(error).replace("load_state_dict:", f"load: {self.path}:", 1)) from None

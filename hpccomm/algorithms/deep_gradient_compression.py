@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.algorithms.compression.format import check_density
+from hpccomm.algorithms.compression.format import check_density, check_flat
 from hpccomm.algorithms.compression.selection import topk
 from hpccomm.algorithms.error_feedback import (
     FeedbackState,
@@ -157,6 +157,7 @@ def dgc(
 
     def init(weights: Vector) -> DgcState:
         check_bucket_vectors("dgc", bucket, weights, weights)
+        check_flat(weights, "dgc", True)
         sparse = messages_of(density).init(pack_slices(weights, places.sparse))
         decay = np.zeros_like(weights) if weight_decay else None
         return DgcState(sparse, np.zeros_like(pack_slices(weights, places.dense)), decay, 0, 0, ExchangeReport(), True)
@@ -200,7 +201,7 @@ def dgc(
         unpack_slices(total, whole, places.sparse)
         return whole, state._replace(sparse=sparse)
 
-    return ResidualTransform.of(init, update, flush_state, bucket)
+    return ResidualTransform.of(init, update, flush_state, bucket, comm=comm, needs_whole="dgc")
 
 
 def check_bucket_vectors(who: str, bucket: Bucket, gradient: Vector, weights: Vector) -> None:

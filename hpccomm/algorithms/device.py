@@ -35,4 +35,7 @@ def run_on_host(inner: Transform) -> Transform:
         step, state = inner.update(to_host(gradient), state, to_host(weights))
         return to_device_like(step, weights), state
 
-    return Transform(init, update, inner.bucket)._replace(init=init, update=update)
+    made = Transform(init, update, parts=[inner])
+    plain = made._replace(init=init, update=update)
+    vars(plain).update(vars(made))
+    return plain

@@ -171,7 +171,7 @@ def feedback(
     )
     shorter = compressor.contraction or compressor
     sends = FeedbackExchange(shorter, comm, momentum, nesterov, mask, reduce, parts, exchange)
-    made = FeedbackTransform(sends.init, sends.update)
+    made = FeedbackTransform(sends.init, sends.update, comm=comm, needs_whole=compressor.name)
     made.exchange, made.flush_state = sends.exchange, sends.flush
     return made
 
@@ -485,7 +485,7 @@ def without_feedback(
     )
     check_choice("without_feedback: reduce", reduce, ("mean", "sum"))
     sends = UnbiasedExchange(compressor, comm, 0.0, False, False, reduce, parts)
-    return Transform(sends.init, sends.update)
+    return Transform(sends.init, sends.update, comm=comm, needs_whole=compressor.name)
 
 
 NEVER_OVERFLOWS, LARGEST_SUM = 1e20, 3e38

@@ -19,7 +19,7 @@ Vector = npt.NDArray[Any]
 
 
 class ExactStep(np.ndarray[Any, np.dtype[Any]]):
-    """NumPy's step; ``weights + step`` and ``weights += step`` are ``target``."""
+    """NumPy's step; ``weights + step``, ``step + weights`` and ``weights += step`` are ``target``."""
 
     target: Vector | None
     origin: Vector | None
@@ -28,7 +28,8 @@ class ExactStep(np.ndarray[Any, np.dtype[Any]]):
         self.target = self.origin = None
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        if ufunc is np.add and method == "__call__" and inputs[1] is self and self.starts_from(inputs[0]):
+        others = [each for each in inputs if each is not self]
+        if ufunc is np.add and method == "__call__" and len(others) == 1 and self.starts_from(others[0]):
             inputs, ufunc = (self.target,), np.positive
         plain = [np.asarray(each) if isinstance(each, ExactStep) else each for each in inputs]
         if "out" in kwargs:
@@ -87,11 +88,15 @@ def exact_tensor_type() -> Any:
         def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             with torch._C.DisableTorchFunctionSubclass():
-                if function in adds and not kwargs and is_addend(*args):
-                    weights, step = args
-                    return weights.copy_(step.target) if function in in_place else step.target.clone()
+                if function in adds and not kwargs and (target := target_of(*args)) is not None:
+                    return args[0].copy_(target) if function in in_place else target.clone()
                 plain = [each.as_subclass(torch.Tensor) if isinstance(each, cls) else each for each in args]
                 return function(*plain, **kwargs)
+
+    def target_of(first: Any, second: Any) -> Any:
+        """The target of a step that is added to its weights, in either order; None for other sums."""
+        pairs = ((first, second), (second, first))
+        return next((step.target for weights, step in pairs if is_addend(weights, step)), None)
 
     def is_addend(weights: Any, step: Any) -> bool:
         """Whether a step is added to the weights that it was made for."""

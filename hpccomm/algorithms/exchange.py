@@ -7,13 +7,13 @@ numbers of samples, each rank weights its gradient before the exchange.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from hpccomm.algorithms import transforms
+from hpccomm.algorithms.agreement import find_odd_ranks
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport
 from hpccomm.algorithms.states import Scratch
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, apply_if_finite, chain, descend
@@ -68,7 +68,7 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(state.total.nbytes, comm.size))
         return narrow(state.total / comm.size, gradient.dtype), MeanState(state.total, state.report.add(cost))
 
-    return Transform(init, update)
+    return Transform(init, update, comm=comm)
 
 
 def elements_of_shards(n: int, ranks: int) -> int:
@@ -119,7 +119,7 @@ def synchronous_sgd(
     mean that is not finite is skipped on all ranks (:func:`~hpccomm.apply_if_finite`).
     """
     parts = [decay_by(weight_decay, bucket), transforms.momentum(momentum, nesterov) if momentum else None, descend(lr)]
-    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))))
+    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))), bucket=bucket)
 
 
 def synchronous_adam(
@@ -138,7 +138,7 @@ def synchronous_adam(
     ``bucket`` as in :func:`synchronous_sgd`; a mean that is not finite is skipped on all ranks.
     """
     parts = [transforms.adam(b1, b2, eps), decay_by(weight_decay, bucket), descend(lr)]
-    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))))
+    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))), bucket=bucket)
 
 
 def decay_by(rate: float, bucket: Bucket | None) -> Transform | None:
@@ -149,11 +149,8 @@ def decay_by(rate: float, bucket: Bucket | None) -> Transform | None:
 
 def check_replicas(comm: MPI.Intracomm, vector: Vector) -> None:
     """Raise on all ranks unless every rank holds the same bits; 8 bytes from each rank are compared."""
-    digest = hashlib.blake2b(np.ascontiguousarray(vector).view(np.uint8).data, digest_size=8).digest()
-    digests = np.empty((comm.size, 8), np.uint8)
-    comm.Allgather(np.frombuffer(digest, np.uint8), digests)
-    odd = np.flatnonzero((digests != digests[0]).any(axis=1))
-    if odd.size:
+    odd = find_odd_ranks(comm, np.ascontiguousarray(vector).view(np.uint8).data)
+    if odd:
         raise MismatchError(
             f"rank {comm.rank}: the weights of ranks {', '.join(map(str, odd))} differ from those of rank 0: "
             "start all ranks from hpccomm.broadcast(weights), and let every rank take every step"

@@ -73,8 +73,8 @@ def fuse(who: str, formula: Chain, here: Layers, bucket: Bucket | None = None) -
         walk(gradient, state, weights, None)
         return state._replace(updates=state.updates + 1)
 
-    made = InPlaceTransform(init, update, bucket)
-    made.apply, made.formula = apply_for_trees(apply, bucket), formula
+    made = InPlaceTransform(init, update, bucket, parts=[formula])
+    made.apply, made.formula = apply_for_trees(apply, made.layouts), formula
     return made
 
 

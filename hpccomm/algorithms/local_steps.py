@@ -32,7 +32,7 @@ import numpy.typing as npt
 from hpccomm.algorithms.exact_steps import exact_step
 from hpccomm.algorithms.exchange import check_replicas, mean
 from hpccomm.algorithms.reports import ExchangeReport, report
-from hpccomm.algorithms.states import InBlock, RankChange, map_leaves, snapshot
+from hpccomm.algorithms.states import GroupSize, InBlock, RankChange, map_leaves, snapshot
 from hpccomm.algorithms.transforms import (
     Schedule,
     Transform,
@@ -122,6 +122,8 @@ class PeriodicState(NamedTuple):
     abandoned: int
     """Blocks, and synchronous steps, that were discarded because a rank's model, or gradient, was not finite."""
     report: ExchangeReport
+    ranks: GroupSize
+    """How many ranks average their models."""
 
 
 class PeriodicTransform(Transform):
@@ -180,9 +182,9 @@ def periodic_transform(
     )
     policy = local_state or keep()
     blocks = PeriodicSteps(comm, period, inner, outer, policy, weight_by, warmup, group, closing, check)
-    made = PeriodicTransform(blocks.init, blocks.update, inner.bucket)
-    made.finish = finish_for_trees(blocks.finish, inner.bucket)
-    made.export = export_for_trees(lambda state: state.start if state.updates < warmup else export(state), inner.bucket)
+    made = PeriodicTransform(blocks.init, blocks.update, comm=comm, parts=[inner])
+    made.finish = finish_for_trees(blocks.finish, made.layouts)
+    made.export = export_for_trees(lambda state: state.start if state.updates < warmup else export(state), made.layouts)
     return made
 
 
@@ -236,6 +238,7 @@ class PeriodicSteps:
             mean_state=joint,
             abandoned=0,
             report=ExchangeReport(),
+            ranks=self.comm.size,
         )
 
     def update(self, gradient: Vector, state: PeriodicState, weights: Vector) -> tuple[Vector, PeriodicState]:

@@ -92,7 +92,10 @@ def scale_loss(comm: MPI.Intracomm, inner: Transform, first: LossScale | None = 
         step, after = inner.update(unscaled, state.inner.inner, weights)
         return step, ScaledState(state.scale.update(False), state.inner._replace(inner=after))
 
-    return Transform(lambda weights: ScaledState(first, SkipState(0, inner.init(weights))), update, inner.bucket)
+    def init(weights: Vector) -> ScaledState:
+        return ScaledState(first, SkipState(0, inner.init(weights)))
+
+    return Transform(init, update, comm=comm, needs_whole="scale_loss", parts=[inner])
 
 
 def loss_scale(state: Any) -> float:

@@ -35,7 +35,7 @@ from hpccomm.algorithms.compression.signs import onebit
 from hpccomm.algorithms.error_feedback import FeedbackTransform, all_ranks_true, feedback, largest
 from hpccomm.algorithms.exchange import allreduce_bytes, allreduce_mean
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
-from hpccomm.algorithms.states import ShardedVector, Unsent
+from hpccomm.algorithms.states import GroupSize, ShardedVector, Unsent
 from hpccomm.algorithms.transforms import (
     Schedule,
     Transform,
@@ -72,7 +72,7 @@ def ef_signsgd(comm: MPI.Intracomm, lr: float | Schedule, bucket: Bucket | None 
 
 def with_bucket(exchange: FeedbackTransform, bucket: Bucket | None) -> FeedbackTransform:
     """The exchange, whose tensors are those of the bucket."""
-    made = FeedbackTransform(*exchange, bucket)
+    made = FeedbackTransform(*exchange, bucket, parts=[exchange])
     made.exchange, made.flush_state = exchange.exchange, exchange.flush_state
     return made
 
@@ -104,6 +104,8 @@ class OneBitAdamState(NamedTuple):
     skipped: int
     """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
+    ranks: GroupSize
+    """How many ranks exchange."""
 
     def messages(self) -> MessageReport:
         """The messages of the last step."""
@@ -148,7 +150,9 @@ def onebit_adam(
         zeros = np.zeros_like(weights)
         server = np.zeros_like(weights, shape=(server_elements(weights.size, comm.rank, comm.size),))
         scales = np.ones(len(places), np.float32)
-        return OneBitAdamState(0, zeros, zeros.copy(), scales, zeros.copy(), server, 0.0, 0, ExchangeReport())
+        return OneBitAdamState(
+            0, zeros, zeros.copy(), scales, zeros.copy(), server, 0.0, 0, ExchangeReport(), comm.size
+        )
 
     def update(gradient: Vector, state: OneBitAdamState, weights: Vector) -> tuple[Vector, OneBitAdamState]:
         check_step("onebit_adam", gradient, state, weights)
@@ -183,7 +187,7 @@ def onebit_adam(
         after = state._replace(steps=state.steps + 1, mean=moment, variance=variance, report=report)
         return (step * np.float32(-rate)).astype(weights.dtype, copy=False), after
 
-    return Transform(init, update, bucket)
+    return Transform(init, update, bucket, comm=comm, needs_whole="onebit_adam")
 
 
 def bit_messages(state: OneBitAdamState | OneBitLambState) -> MessageReport:
@@ -227,6 +231,8 @@ class OneBitLambState(NamedTuple):
     skipped: int
     """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
+    ranks: GroupSize
+    """How many ranks exchange."""
 
     def messages(self) -> MessageReport:
         """The messages of the last step."""
@@ -276,7 +282,7 @@ def onebit_lamb(
         m, v, fresh, worker = (np.zeros_like(weights) for _ in range(4))
         server = np.zeros_like(weights, shape=(server_elements(weights.size, comm.rank, comm.size),))
         ones, scales = np.ones(len(places)), np.ones(len(places), np.float32)
-        return OneBitLambState(0, m, v, fresh, ones, ones, scales, worker, server, 0.0, 0, ExchangeReport())
+        return OneBitLambState(0, m, v, fresh, ones, ones, scales, worker, server, 0.0, 0, ExchangeReport(), comm.size)
 
     def update(gradient: Vector, state: OneBitLambState, weights: Vector) -> tuple[Vector, OneBitLambState]:
         check_step("onebit_lamb", gradient, state, weights)
@@ -329,7 +335,7 @@ def onebit_lamb(
             u[place] += decay * weights[place]
         return u
 
-    return Transform(init, update, bucket)
+    return Transform(init, update, bucket, comm=comm, needs_whole="onebit_lamb")
 
 
 LambParts = tuple[OneBitLambState, Vector, npt.NDArray[np.float64], int]

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.algorithms.agreement import check_same_tensors, rows_of
 from hpccomm.algorithms.blockwise_filtering import shard
 from hpccomm.algorithms.row_sparse import RowCode
 from hpccomm.algorithms.transforms import Transform, Vector, is_number, require
@@ -299,6 +300,8 @@ class ParameterServer:
         require(codec is None or rows is None, "ParameterServer: a codec and rows: pass one of them")
         size = weights.size if rows is None else rows[0].size
         require(size == weights.size, f"ParameterServer: a bucket of {size} elements for {weights.size} weights")
+        check_optimizer(optimizer, servers)
+        check_same_tensors(comm, "ParameterServer", rows_of_model(weights, rows))
         self.comm, self.servers, self.optimizer, self.codec = comm.Dup(), servers, optimizer, codec
         self.weights = np.array(weights, order="C")
         self.comm.Bcast(self.weights, 0)
@@ -514,6 +517,28 @@ class ParameterServer:
                 "the others have ended without it: raise patience, or make its steps shorter"
             )
         return status.source, what, clock, version, payload
+
+
+def check_optimizer(optimizer: Any, servers: int) -> None:
+    """Raise for an optimizer whose step on a server's slice is not that of the model, or that waits for workers."""
+    part = getattr(optimizer, "needs_whole", "")
+    require(
+        servers == 1 or not part,
+        f"ParameterServer: {part} in the optimizer needs the whole model, each of {servers} servers holds a slice: "
+        "leave it out, or use one server",
+    )
+    require(
+        all(comm.size == 1 for comm in getattr(optimizer, "comms", ())),
+        "ParameterServer: the optimizer exchanges gradients itself, in which no worker takes part: pass one of "
+        "MPI.COMM_SELF, synchronous_sgd(MPI.COMM_SELF, lr)",
+    )
+
+
+def rows_of_model(weights: Vector, rows: tuple[Bucket, Collection[str]] | None) -> list[str]:
+    """The model and the names of its embeddings, as they must be on all ranks."""
+    if rows is None:
+        return [f"weights {weights.dtype}{list(weights.shape)}"]
+    return [*rows_of(rows[0]), f"rows {sorted(rows[1])}"]
 
 
 class Desk:

@@ -25,7 +25,7 @@ from hpccomm.algorithms.compression.matrix_factors import orthonormalise, start_
 from hpccomm.algorithms.deep_gradient_compression import check_bucket_vectors, pack_slices, unpack_slices
 from hpccomm.algorithms.exchange import allreduce_mean, exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
-from hpccomm.algorithms.states import Unsent
+from hpccomm.algorithms.states import GroupSize, Unsent
 from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_count, check_seed
 from hpccomm.buckets import Bucket
 from hpccomm.kernels.dispatch import kernels
@@ -50,6 +50,8 @@ class PowerSgdState(NamedTuple):
     skipped: int
     """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
+    ranks: GroupSize
+    """How many ranks exchange."""
 
     def messages(self) -> MessageReport:
         """The residual, and the steps skipped."""
@@ -131,7 +133,7 @@ def powersgd(
         factors = np.empty(rights, np.float32)
         for number, place in enumerate(matrices):
             factors[place.right] = start_factor(place.shape[1], place.rank, seed + number).reshape(-1)
-        return PowerSgdState(np.zeros(errors, np.float32), factors, 0, 0, ExchangeReport())
+        return PowerSgdState(np.zeros(errors, np.float32), factors, 0, 0, ExchangeReport(), comm.size)
 
     def update(gradient: Vector, state: PowerSgdState, weights: Vector) -> tuple[Vector, PowerSgdState]:
         check_bucket_vectors("powersgd", bucket, gradient, weights)
@@ -160,7 +162,7 @@ def powersgd(
             backlog = np.zeros_like(backlog)
         unpack_slices(small, step, dense)
         report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes + more))
-        return step, PowerSgdState(backlog, factors, state.steps + 1, state.skipped, report)
+        return step, state._replace(residual=backlog, factors=factors, steps=state.steps + 1, report=report)
 
     def apply_factors(first: Vector, backlog: Vector, step: Vector, state: PowerSgdState) -> tuple[Vector, int]:
         """The step of the matrices, what it leaves of the backlog, the next Q, and the bytes sent."""
@@ -185,7 +187,7 @@ def powersgd(
         unpack_slices(total, whole, [place.inside for place in matrices])
         return whole, state._replace(residual=np.zeros_like(total), report=state.report.add(cost))
 
-    return ResidualTransform.of(init, update, flush_state, bucket)
+    return ResidualTransform.of(init, update, flush_state, bucket, comm=comm, needs_whole="powersgd")
 
 
 def replace_dead_columns(factor: Matrix, seed: int) -> None:

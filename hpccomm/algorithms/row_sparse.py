@@ -141,7 +141,7 @@ def mean_rows(comm: MPI.Intracomm, bucket: Bucket, tensors: Collection[str], *, 
             f"mean_rows: the weights have shape {weights.shape}, the bucket {bucket.size} elements: make them alike",
         )
 
-    return Transform(init, update, bucket)
+    return Transform(init, update, bucket, comm=comm, needs_whole="mean_rows")
 
 
 class RowCode:

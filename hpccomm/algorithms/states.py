@@ -1,5 +1,7 @@
 """States are data: nested tuples of arrays and numbers, copied, walked, and divided anew over other ranks.
 
+Weights beside them may also be dicts and lists, in each other, which are walked likewise.
+
 ``update`` consumes the state that it receives: it may overwrite the arrays.  Keep a :func:`snapshot` to go back.  What
 happens to a leaf when a run continues with another number of ranks is declared by the type of its field, here and for
 all leaves below it::
@@ -13,7 +15,7 @@ all leaves below it::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from typing import Annotated, Any, get_args, get_type_hints
@@ -22,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.errors import ArgumentError
+from hpccomm.performance.units import format_count
 
 Vector = npt.NDArray[Any]
 
@@ -49,6 +52,8 @@ InBlock = Annotated[int, RankChange.BLOCK]
 """Steps of a rank alone."""
 Scratch = Annotated[Vector, RankChange.SCRATCH]
 """A buffer of an exchange, which replaces one of another length."""
+BRANCHES = (tuple, list, dict)
+"""What holds other parts of a state."""
 ANY_SHAPE = (RankChange.SHARDED, RankChange.SCRATCH)
 
 
@@ -71,10 +76,13 @@ def changes_in(hint: Any) -> Iterator[RankChange]:
         yield from changes_in(part)
 
 
-def children_of(state: tuple[Any, ...]) -> list[tuple[str, Any, RankChange | None]]:
+def children_of(state: Any) -> list[tuple[str, Any, RankChange | None]]:
     """The names, values and declared changes directly inside a state."""
+    if isinstance(state, dict):
+        return [(str(name), each, None) for name, each in state.items()]
+    kind: Any = type(state)
     names = getattr(state, "_fields", range(len(state)))
-    changes = find_changes(type(state)) if hasattr(state, "_fields") else {}
+    changes = find_changes(kind) if hasattr(state, "_fields") else {}
     return [(str(name), each, changes.get(str(name))) for name, each in zip(names, state, strict=True)]
 
 
@@ -82,7 +90,7 @@ def leaves_with_changes(
     state: Any, path: str = "", change: RankChange | None = None
 ) -> Iterator[tuple[str, Any, RankChange | None]]:
     """The path, the value and the declared change of every array and number in a state, depth first."""
-    if isinstance(state, tuple):
+    if isinstance(state, BRANCHES):
         for name, each, own in children_of(state):
             yield from leaves_with_changes(each, f"{path}.{name}" if path else name, own or change)
     elif state is not None:
@@ -101,7 +109,7 @@ def map_declared(
     change: RankChange | None = None,
 ) -> Any:
     """A state of the same form whose leaves are ``function(path, leaf, change)``."""
-    if not isinstance(state, tuple):
+    if not isinstance(state, BRANCHES):
         return None if state is None else function(path, state, change)
     parts = [
         map_declared(function, each, f"{path}.{name}" if path else name, own or change)
@@ -161,8 +169,12 @@ def map_parts(function: Callable[..., Any], state: Any, *others: Any) -> Any:
 
 
 def rebuild(like: Any, values: list[Any]) -> Any:
-    """A tuple of the type of ``like``."""
-    return type(like)(*values) if hasattr(like, "_fields") else tuple(values)
+    """A tuple, list or dict of the form of ``like``."""
+    if isinstance(like, dict):
+        return dict(zip(like, values, strict=True))
+    return (
+        type(like)(*values) if hasattr(like, "_fields") else list(values) if isinstance(like, list) else tuple(values)
+    )
 
 
 def scale_unsent(state: Any, factor: float) -> Any:
@@ -179,14 +191,15 @@ def unsent_leaves(state: Any) -> list[Vector]:
     return [leaf for _, leaf, change in leaves_with_changes(state) if change is RankChange.UNSENT]
 
 
-def for_ranks(states: Sequence[Any], rank: int, size: int) -> Any:
+def for_ranks(states: Sequence[Any], rank: int, size: int, like: Any = None) -> Any:
     """The state of rank ``rank`` of ``size`` ranks, from the states of all old ranks in rank order.
 
     What ranks have not sent, and vectors of their own, become the mean of the old ranks', or where the exchange sums,
     their sum over the new number: the pending update is preserved, to one rounding an element after sums in float64.
     Shards are concatenated and divided again.  All else is the same on all old ranks, or copied from one of them; the
-    types of the states declare which is which.  Groups of a two-tier method keep their size.  Where ``size`` is the old
-    number, each rank gets a copy of its own state.
+    types of the states declare which is which.  Groups of a two-tier method keep their size; ``like``, what ``init``
+    returns on the new ranks, tells it where one group was all old ranks.  Where ``size`` is the old number, each rank
+    gets a copy of its own state.
 
     Raises ArgumentError for states of different methods or sizes, and inside a block of local steps, where the ranks'
     models differ: change the number of ranks at the end of one.
@@ -208,28 +221,48 @@ def for_ranks(states: Sequence[Any], rank: int, size: int) -> Any:
                     f"for_ranks: {path} has shape {np.shape(leaf)} on rank 0, {np.shape(each[path])} on rank {number}: "
                     "pass the states of one model"
                 )
-    return divide_anew(states[rank % old], columns, rank, size)
+    groups = {path: leaf for path, leaf, change in leaves_with_changes(like) if change is RankChange.GROUP}
+    return divide_anew(states[rank % old], columns, rank, size, groups)
 
 
-def divide_anew(state: Any, columns: list[dict[str, Any]], rank: int, size: int) -> Any:
-    """One old rank's state as that of a rank of ``size``; ``columns`` are the leaves of all old ranks."""
-    group = next((leaf for _, leaf, change in leaves_with_changes(state) if change is RankChange.GROUP), len(columns))
-    new_group = size if group == len(columns) else group
+def divide_anew(state: Any, columns: list[dict[str, Any]], rank: int, size: int, groups: Mapping[str, int]) -> Any:
+    """One old rank's state as that of a rank of ``size``; ``columns`` are the leaves of all old ranks.
 
-    def sums_over_ranks(path: str) -> bool:
-        return bool(columns[0].get(f"{path.rpartition('.')[0]}.summed".lstrip("."), False))
+    ``groups`` are the new numbers of ranks that exchange, as far as they are known.
+    """
+
+    def place(path: str, name: str) -> str:
+        """The path of another field of the state that has a field at this path."""
+        return f"{path.rpartition('.')[0]}.{name}".lstrip(".")
+
+    def beside(path: str, name: str, default: Any) -> Any:
+        return columns[0].get(place(path, name), default)
+
+    def new_group(path: str, group: int) -> int:
+        return groups.get(path, size if group == len(columns) else group)
+
+    def growth(path: str) -> float:
+        """The factor of the mean of unsent vectors that are summed over the ranks of a group."""
+        if not beside(path, "summed", False):
+            return 1.0
+        group = beside(path, "ranks", len(columns))
+        return float(group / new_group(place(path, "ranks"), group))
 
     def leaf_of(path: str, leaf: Any, change: RankChange | None) -> Any:
         values = [each[path] for each in columns]
         if change is RankChange.GROUP:
-            return new_group
+            return new_group(path, leaf)
         if change is RankChange.BLOCK and any(values):
-            raise ArgumentError(f"for_ranks: {path} is {max(values)}: change the number of ranks at the end of a block")
+            raise ArgumentError(
+                f"for_ranks: rank {int(np.argmax(values))} saved {format_count(max(values), 'step')} into a block "
+                f"({path}), when the ranks' models differ: continue with {format_count(len(columns), 'rank')} to the "
+                "end of a block, or call finish, and save there"
+            )
         if change is RankChange.SHARDED:
             return np.array_split(np.concatenate(values), size)[rank].copy()
         if change in (RankChange.UNSENT, RankChange.LOCAL) and getattr(leaf, "dtype", np.dtype(int)).kind in "fV":
             total = np.sum(values, axis=0, dtype=np.float64) / len(values)
-            return (total * (group / new_group if sums_over_ranks(path) else 1)).astype(leaf.dtype)
+            return (total * growth(path)).astype(leaf.dtype)
         return leaf.copy() if hasattr(leaf, "copy") else leaf
 
     return map_declared(leaf_of, state)

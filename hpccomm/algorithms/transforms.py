@@ -11,7 +11,7 @@ be the same array as the gradient or as one of the new state: add it before the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.reports import MessageReport, message_reports
-from hpccomm.algorithms.trees import StateKind, finish_for_trees, init_for_trees, update_for_trees
+from hpccomm.algorithms.trees import Layouts, StateKind, finish_for_trees, init_for_trees, update_for_trees
 from hpccomm.arrays import narrow, reduction_dtype, widen
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
@@ -45,21 +45,35 @@ class Transform(Pair):
 
     Written for vectors; made into a transform, both also take PyTorch's tensors, JAX's arrays, and dicts, lists and
     tuples of arrays, and give steps of the same form (:mod:`hpccomm.algorithms.trees`).  ``bucket`` names the tensors
-    of a method that treats them one by one.
+    of a method that treats them one by one, ``comm`` are the ranks with which it exchanges.  ``needs_whole`` names what
+    gives another step on a shard of the vector than on the whole.  All three are also taken from ``parts``, the
+    transforms inside this one.
     """
 
     bucket: Bucket | None = None
+    comms: tuple[Any, ...] = ()
+    needs_whole: str = ""
+    layouts: Layouts
 
     def __new__(
         cls: type[AnyTransform],
         init: Callable[[Vector], Any],
         update: Callable[[Vector, Any, Vector], tuple[Vector, Any]],
         bucket: Bucket | None = None,
+        *,
+        comm: Any = None,
+        needs_whole: str = "",
+        parts: Sequence[Any] = (),
     ) -> AnyTransform:
         """The pair, whose functions take trees."""
-        kind = StateKind()
-        made = Pair.__new__(cls, init_for_trees(init, bucket, kind), update_for_trees(update, bucket, kind))
-        made.bucket = bucket
+        inside = [each for each in parts if isinstance(each, Transform)]
+        bucket = bucket or next((each.bucket for each in inside if each.bucket), None)
+        comms = [*([] if comm is None else [comm]), *(each for part in inside for each in part.comms)]
+        distinct = tuple({id(each): each for each in comms}.values())
+        kind, layouts = StateKind(), Layouts(bucket, distinct, [each.layouts for each in inside])
+        made = Pair.__new__(cls, init_for_trees(init, layouts, kind), update_for_trees(update, layouts, kind))
+        made.bucket, made.comms, made.layouts = bucket, layouts.comms, layouts
+        made.needs_whole = needs_whole or next((each.needs_whole for each in inside if each.needs_whole), "")
         return made
 
 
@@ -72,7 +86,7 @@ class Term(Transform):
     @classmethod
     def of(cls, transform: Transform, name: str, **numbers: Any) -> Term:
         """The transform under this name."""
-        term = cls(*transform, transform.bucket)
+        term = cls(*transform, parts=[transform])
         term.name, term.numbers = name, SimpleNamespace(**numbers)
         return term
 
@@ -98,9 +112,10 @@ class ResidualTransform(Transform):
         update: Callable[[Vector, Any, Vector], tuple[Vector, Any]],
         flush_state: Callable[[Any], tuple[Vector, Any]],
         bucket: Bucket | None,
+        **named: Any,
     ) -> ResidualTransform:
-        """The transform of these functions."""
-        made = cls(init, update, bucket)
+        """The transform of these functions; ``named`` as of :class:`Transform`."""
+        made = cls(init, update, bucket, **named)
         made.flush_state = flush_state
         return made
 
@@ -130,7 +145,7 @@ def flush(method: Transform, state: Any, weights: Any) -> tuple[Any, Any]:
         "flush: nothing to flush: neither this method nor a part of its chain is feedback, gtc, dgc, onebit_sgd, "
         "ef_signsgd, powersgd or block_mean; inside hybrid, every or another wrapper it is out of reach",
     )
-    return finish_for_trees(partial(flush_terms, method), method.bucket)(state, weights)
+    return finish_for_trees(partial(flush_terms, method), method.layouts)(state, weights)
 
 
 def flush_terms(method: Any, state: Any, weights: Vector, gradient: Vector | None = None) -> tuple[Any, Any]:
@@ -147,8 +162,12 @@ def flush_terms(method: Any, state: Any, weights: Vector, gradient: Vector | Non
     return method.flush_state(state)
 
 
-def chain(*transforms: Transform) -> Chain:
-    """Apply the transforms one after the other; the state is the tuple of their states."""
+def chain(*transforms: Transform, bucket: Bucket | None = None) -> Chain:
+    """Apply the transforms one after the other; the state is the tuple of their states.
+
+    ``bucket`` names the tensors of flat vectors, by default that of one of the transforms: where one of them exchanges,
+    ranks compare these tensors in ``init``, as they do for trees.
+    """
     for each in transforms:
         check_transform("chain", each)
 
@@ -165,7 +184,7 @@ def chain(*transforms: Transform) -> Chain:
             states.append(after)
         return gradient, tuple(states)
 
-    joined = Chain(init, update, next((each.bucket for each in transforms if getattr(each, "bucket", None)), None))
+    joined = Chain(init, update, bucket, parts=transforms)
     joined.terms = transforms
     return joined
 
@@ -186,9 +205,13 @@ def restart(transform: Any, state: Any, weights: Vector, updates: int) -> Any:
     return go_on(transform.init(weights), state)
 
 
-def stateless(step: Callable[[Vector, Vector], Vector]) -> Transform:
+def stateless(step: Callable[[Vector, Vector], Vector], needs_whole: str = "") -> Transform:
     """A transform without state: ``step(gradient, weights)``."""
-    return Transform(lambda weights: (), lambda gradient, state, weights: (step(gradient, weights), state))
+
+    def update(gradient: Vector, state: Any, weights: Vector) -> tuple[Vector, Any]:
+        return step(gradient, weights), state
+
+    return Transform(lambda weights: (), update, needs_whole=needs_whole)
 
 
 def scale(factor: float) -> Transform:
@@ -230,7 +253,7 @@ def clip(max_norm: float) -> Transform:
         norm = math.sqrt(np.add.reduce(squares, axis=None))
         return round_like(gradient * (max_norm / norm), gradient.dtype) if norm > max_norm else gradient
 
-    return stateless(clip_gradient)
+    return stateless(clip_gradient, needs_whole="clip")
 
 
 def weight_decay(rate: float, where: npt.NDArray[np.bool_] | None = None) -> Transform:
@@ -241,13 +264,21 @@ def weight_decay(rate: float, where: npt.NDArray[np.bool_] | None = None) -> Tra
     """
     check_not_negative("weight_decay: rate", rate)
 
-    def add_decay(gradient: Vector, weights: Vector) -> Vector:
-        pull = float(rate) * widen(weights)
-        return round_like(
-            gradient + (pull if where is None else np.where(where, pull, pull.dtype.type(0))), gradient.dtype
+    def init(weights: Vector) -> tuple[()]:
+        shape = weights.shape if where is None else np.shape(where)
+        require(
+            shape == weights.shape,
+            f"weight_decay: the mask has shape {shape}, the weights {weights.shape}: pass the mask of their "
+            "bucket; the optimizer of sharded states makes one of lambda bucket, reduce: … bucket.mask('decay')",
         )
+        return ()
 
-    return stateless(add_decay)
+    def update(gradient: Vector, state: tuple[()], weights: Vector) -> tuple[Vector, tuple[()]]:
+        pull = float(rate) * widen(weights)
+        pull = pull if where is None else np.where(where, pull, pull.dtype.type(0))
+        return round_like(gradient + pull, gradient.dtype), state
+
+    return Transform(init, update)
 
 
 def momentum(beta: float, nesterov: bool = False) -> Term:
@@ -327,7 +358,7 @@ def apply_if_finite(inner: Transform) -> Transform:
         step, after = inner.update(gradient, state.inner, weights)
         return step, SkipState(state.skipped, after)
 
-    return Transform(lambda weights: SkipState(0, inner.init(weights)), update, inner.bucket)
+    return Transform(lambda weights: SkipState(0, inner.init(weights)), update, parts=[inner])
 
 
 class EveryState(NamedTuple):
@@ -358,7 +389,7 @@ def every(k: int, inner: Transform) -> Transform:
         step, after = inner.update(round_like(total, gradient.dtype), state.inner, weights)
         return step, EveryState(0, zeros_to_add(weights), after)
 
-    return Transform(init, update, inner.bucket)
+    return Transform(init, update, parts=[inner])
 
 
 def round_like(x: Vector, dtype: np.dtype[Any]) -> Vector:

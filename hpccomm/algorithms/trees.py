@@ -2,19 +2,22 @@
 
 *A leaf is an array of any library that* :func:`hpccomm.arrays.view_array` *reads; a path names it:*
 ``layer.w``.  NumPy's and CuPy's arrays are no trees, methods take them as they are.  For everything else
-the functions of this module flatten weights and gradients to one vector, leaf after leaf in the order of the weights,
-or of the method's bucket where it has one, and give the step back in the form and library of the weights.  A single
-contiguous tensor of one dimension is not copied.  A tensor of PyTorch or JAX on a CUDA device is seen by CuPy.
+the functions of this module flatten weights and gradients to one vector, leaf after leaf in the order of the weights
+that a method saw first, or of its bucket where it has one, and give the step back in the form and library of the
+weights.  Ranks compare names, order, shapes and dtypes when a method first sees a tree: a vector has no names, so
+another order on another rank would add other tensors.  A single contiguous tensor of one dimension is not copied.
+A tensor of PyTorch or JAX on a CUDA device is seen by CuPy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.algorithms.agreement import check_same_tensors, rows_of
 from hpccomm.algorithms.exact_steps import exact_step, exact_tensor
 from hpccomm.arrays import (
     borrow,
@@ -75,16 +78,22 @@ ALIKE = "pass weights and gradients as trees of the same form"
 
 
 class TreeLayout:
-    """Where the leaves of a tree of weights lie in its vector."""
+    """Where the leaves of a tree of weights lie in its vector.
 
-    def __init__(self, weights: Tree, bucket: Bucket | None = None) -> None:
+    ``orders`` holds the order of the leaves by the set of their names, and gets that of these weights if it has none.
+    """
+
+    def __init__(
+        self, weights: Tree, bucket: Bucket | None = None, orders: dict[frozenset[str], list[str]] | None = None
+    ) -> None:
         found = list(tree_leaves(weights))
         arrays = dict(found)
         if len(arrays) < len(found):
             twice = sorted({name for name, _ in found if [other for other, _ in found].count(name) > 1})
             raise ArgumentError(f"two of the weights are called {', '.join(twice)}: rename the keys of the tree")
         by_tensor = bucket is not None and list(arrays) != [""]  # else the bucket's vector, in another library
-        names = [entry.name for entry in bucket.table] if bucket is not None and by_tensor else list(arrays)
+        names = list(arrays) if orders is None else orders.setdefault(frozenset(arrays), list(arrays))
+        names = [entry.name for entry in bucket.table] if bucket is not None and by_tensor else names
         check_names("weights", arrays, names)
         self.like = weights
         self.bucket = Bucket({name: arrays[name] for name in names})
@@ -126,12 +135,66 @@ def step_leaf(target: npt.NDArray[Any], weights: Any) -> Any:
 
 def check_names(what: str, given: Mapping[str, Any], wanted: list[str]) -> None:
     """Raise where a tree has other leaves than it should."""
-    if given.keys() != set(wanted):
-        missing, extra = sorted(set(wanted) - given.keys()), sorted(given.keys() - set(wanted))
-        raise ArgumentError(
-            f"the {what} lack {missing or 'nothing'} and have {extra or 'nothing'} too many: "
-            f"{ALIKE}, with the names of the bucket if the method has one"
+    if given.keys() == set(wanted):
+        return
+    if "" in given or "" in wanted:
+        problem = f"{describe_form(list(given))} instead of {describe_form(wanted)}"
+    else:
+        missing, unknown = (
+            [each for each in wanted if each not in given],
+            [each for each in given if each not in wanted],
         )
+        parts = (("missing", missing), ("unknown", unknown))
+        problem = ", ".join(f"{word} {list_names(names)}" for word, names in parts if names)
+    raise ArgumentError(f"the {what}: {problem}: {ALIKE}, with the names of the bucket if the method has one")
+
+
+def describe_form(names: list[str]) -> str:
+    """The form of a tree of leaves with these names."""
+    return "one array" if names == [""] else f"a tree of {list_names(names) or 'no arrays'}"
+
+
+def list_names(names: list[str]) -> str:
+    """The first names."""
+    more = f" and {len(names) - 8:,} more" if len(names) > 8 else ""
+    return ", ".join(map(repr, names[:8])) + more
+
+
+class Layouts:
+    """The layouts of the trees that a method sees: one order of the leaves, the same on all ranks.
+
+    The order is that of the ``bucket``, else the one in which the names came first.  The ranks of ``comms``, over which
+    the method exchanges, compare each layout once, also for the layouts ``inside``, those of the method's parts.
+    """
+
+    def __init__(self, bucket: Bucket | None, comms: tuple[Any, ...], inside: Sequence[Layouts] = ()) -> None:
+        self.bucket, self.comms, self.inside = bucket, comms, inside
+        self.orders: dict[frozenset[str], list[str]] = {}
+        self.compared: set[Any] = set()
+
+    def find(self, weights: Tree) -> TreeLayout:
+        """The layout of a tree of weights."""
+        return TreeLayout(weights, self.bucket, self.orders)
+
+    def agree(self, weights: Tree) -> TreeLayout:
+        """The layout of a tree of weights (collective where it is new); raises on all ranks where it differs."""
+        layout = self.find(weights)
+        self.compare(layout.bucket)
+        return layout
+
+    def compare(self, bucket: Bucket | None) -> None:
+        """Raise on all ranks where the tensors of a vector differ between them (collective where they are new)."""
+        if bucket is None or not self.comms or (known := (bucket.table, bucket.dtype)) in self.compared:
+            return
+        for comm in self.comms:
+            check_same_tensors(comm, "weights", rows_of(bucket))
+        self.note(known)
+
+    def note(self, known: Any) -> None:
+        """These tensors need not be compared again."""
+        self.compared.add(known)
+        for each in self.inside:
+            each.note(known)
 
 
 class StateKind:
@@ -188,23 +251,25 @@ def check_alike(gradient: Vector, weights: Vector) -> None:
         )
 
 
-def init_for_trees(init: Callable[[Vector], Any], bucket: Bucket | None, kind: StateKind) -> Callable[[Tree], Any]:
-    """``init(weights)`` for weights of any form."""
+def init_for_trees(init: Callable[[Vector], Any], layouts: Layouts, kind: StateKind) -> Callable[[Tree], Any]:
+    """``init(weights)`` for weights of any form (collective where the method exchanges named tensors)."""
     init = getattr(init, "for_vectors", init)
 
     def init_any(weights: Tree) -> Any:
         if not is_tree(weights):
-            return kind.note(init(check_weights(weights, bucket)))
+            vector = check_weights(weights, layouts.bucket)
+            layouts.compare(layouts.bucket)
+            return kind.note(init(vector))
         if is_on_device(weights):
             return kind.note(init(as_cupy(weights)))
-        return kind.note(init(check_weights(TreeLayout(weights, bucket).flatten(weights, "weights"), bucket)))
+        return kind.note(init(check_weights(layouts.agree(weights).flatten(weights, "weights"), layouts.bucket)))
 
     init_any.for_vectors = init  # type: ignore[attr-defined]
     return init_any
 
 
 def update_for_trees(
-    update: Callable[[Vector, Any, Vector], tuple[Vector, Any]], bucket: Bucket | None, kind: StateKind
+    update: Callable[[Vector, Any, Vector], tuple[Vector, Any]], layouts: Layouts, kind: StateKind
 ) -> Callable[[Tree, Any, Tree], tuple[Tree, Any]]:
     """``update(gradient, state, weights)`` for gradients and weights of any form; the step has that of the weights."""
     update = getattr(update, "for_vectors", update)
@@ -216,7 +281,7 @@ def update_for_trees(
         if is_on_device(weights):
             step, state = update(as_cupy(gradient), state, as_cupy(weights))
             return convert_like(step.reshape(weights.shape), weights), state
-        layout = TreeLayout(weights, bucket)
+        layout = layouts.agree(weights)
         step, state = update(layout.flatten(gradient, "gradient"), state, layout.flatten(weights, "weights"))
         return layout.restore(step), state
 
@@ -225,35 +290,33 @@ def update_for_trees(
 
 
 def finish_for_trees(
-    finish: Callable[[Any, Vector], tuple[Vector, Any]], bucket: Bucket | None
+    finish: Callable[[Any, Vector], tuple[Vector, Any]], layouts: Layouts
 ) -> Callable[[Any, Tree], tuple[Tree, Any]]:
     """``finish(state, weights)`` for weights of any form."""
 
     def finish_any(state: Any, weights: Tree) -> tuple[Tree, Any]:
         if not is_tree(weights):
             return finish(state, weights)
-        layout = TreeLayout(weights, bucket)
+        layout = layouts.agree(weights)
         step, state = finish(state, layout.flatten(weights, "weights"))
         return layout.restore(step), state
 
     return finish_any
 
 
-def export_for_trees(export: Callable[[Any], Vector], bucket: Bucket | None) -> Callable[..., Tree]:
+def export_for_trees(export: Callable[[Any], Vector], layouts: Layouts) -> Callable[..., Tree]:
     """``export(state, weights)``: the vector in the form of the weights; ``export(state)`` is the vector."""
 
     def export_any(state: Any, weights: Tree = None) -> Tree:
         vector = export(state)
         if weights is None:
             return vector
-        return TreeLayout(weights, bucket).restore(vector) if is_tree(weights) else vector.astype(weights.dtype)
+        return layouts.find(weights).restore(vector) if is_tree(weights) else vector.astype(weights.dtype)
 
     return export_any
 
 
-def apply_for_trees(
-    apply: Callable[[Vector, Any, Vector], Any], bucket: Bucket | None
-) -> Callable[[Tree, Any, Tree], Any]:
+def apply_for_trees(apply: Callable[[Vector, Any, Vector], Any], layouts: Layouts) -> Callable[[Tree, Any, Tree], Any]:
     """``apply(gradient, state, weights)`` for weights of any form, which are written."""
 
     def apply_any(gradient: Tree, state: Any, weights: Tree) -> Any:
@@ -261,7 +324,7 @@ def apply_for_trees(
             return apply(gradient, state, weights)
         if is_on_device(weights):
             return apply(as_cupy(gradient), state, as_cupy(weights))
-        layout = TreeLayout(weights, bucket)
+        layout = layouts.agree(weights)
         leaves = {name: writable_view(name, leaf) for name, leaf in tree_leaves(weights)}
         vector = layout.bucket.flatten(leaves)
         state = apply(layout.flatten(gradient, "gradient"), state, vector)

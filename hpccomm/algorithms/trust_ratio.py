@@ -102,7 +102,9 @@ def scale_by_global_norm(
         return gradient * gradient.dtype.type(shrink(grad_norm, max_norm, gradient, norm_reduce)), state
 
     numbers: dict[str, Any] = {"grad_norm": grad_norm, "max_norm": max_norm}
-    return Term.of(Transform(lambda weights: (), update), "scale_by_global_norm", **numbers)
+    name = "scale_by_global_norm"
+    alone = norm_reduce is None and grad_norm != "none"
+    return Term.of(Transform(lambda weights: (), update, needs_whole=name if alone else ""), name, **numbers)
 
 
 def add_decayed_weights(rate: float, tensors: Bucket | Layers) -> Term:
@@ -175,7 +177,10 @@ def scale_by_trust_ratio(
         return out, TrustRatioState(state.updates + 1, inside)
 
     bucket = tensors if isinstance(tensors, Bucket) else None
-    return Term.of(Transform(init, update, bucket), "scale_by_trust_ratio", inner=inner, ratio=ratio)
+    name = "scale_by_trust_ratio"
+    alone = norm_reduce is None and bool(here.rows.adapt.any())
+    made = Transform(init, update, bucket, needs_whole=name if alone else "")
+    return Term.of(made, name, inner=inner, ratio=ratio)
 
 
 def decay_rate(inner: Transform) -> float:

@@ -85,7 +85,7 @@ def hybrid(
     return local_steps.periodic_transform(
         comm,
         period,
-        Transform(lambda weights: check_state(residual, inner.init(weights)), inner.update, inner.bucket),
+        Transform(lambda weights: check_state(residual, inner.init(weights)), inner.update, parts=[inner]),
         chain(mean_of_groups(comm, group, sliced_leaders), block),
         local_state=policy(residual, local_state, descent),
         weight_by=weight_by,

@@ -501,9 +501,10 @@ def as_pairs(buffer: Buffer) -> Buffer:
 def base_dtype(datatype: MPI.Datatype) -> np.dtype[Any] | None:
     """The dtype of which a datatype consists; ``None`` if there are several."""
     while not datatype.is_predefined:
-        datatype, combiner, _ = datatype.decode()
+        datatype, combiner, given = datatype.decode()
         if combiner == "STRUCT":
-            return None
+            bases = {base_dtype(each) for each in given["datatypes"]}
+            return bases.pop() if len(bases) == 1 else None
     element = element_of(datatype)
     pair = PAIRS.get(element.code) if element else None
     if pair is not None:

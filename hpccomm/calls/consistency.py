@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +46,7 @@ from hpccomm.kernels.entry.records import (
     STATUS,
 )
 from hpccomm.observe.processes import find_process
-from hpccomm.transports.polling import pause
+from hpccomm.transports.polling import LONGEST_SECONDS, pause
 
 TEXTS = 64
 LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS, REFUSED, FAILED = (STATUS + k for k in range(1, 8))
@@ -59,8 +59,12 @@ FIRST_AMOUNTS = FIRST_ISSUE + 2 * CALLS
 ENTRY_MASK = (1 << DIGEST_BITS) - 1
 """The digest in an entry; the number of the call is above it."""
 
-TEXT_SECONDS = 1.0
-"""How long a rank that compares waits for the text of another rank's call, whose watchdog writes it."""
+TEXT_SECONDS = 5.0
+"""How long a rank that compares waits for the text of another rank's call, whose watchdog writes it as soon as the
+program's own C code lets go of Python's lock."""
+
+LEAVE_SECONDS = 5.0
+"""How long a rank that an exception has ended waits for another one that is still in the same call."""
 
 MEETING_SECONDS = 1.0
 """Seconds after which a rank that is in a call of MPI counts as one that will not come to this rank's barrier."""
@@ -69,6 +73,9 @@ EAGER_POLLS, EAGER_SECONDS = 20, 1e-4
 """How long a rank waits for another one to enter a call before it yields its core, and then before it sleeps."""
 POLLS_PER_CHECK = 200
 """Polls between two checks whether that rank can still enter it."""
+
+COUNTED = 1024
+"""Fingerprints with a count that a rank knows by their digests alone."""
 
 REASON_BYTES = 512
 
@@ -103,6 +110,9 @@ class ConsistencyTable:
         self._peers = [k * self._stride for k, rank in enumerate(members) if rank != me]
         self._others = [rank for rank in members if rank != me]
         self._fingerprints: dict[int, Fingerprint] = {}
+        """By digest: those of calls without a count, and the templates of all others."""
+        self._counted: OrderedDict[int, Fingerprint] = OrderedDict()
+        """The last :data:`COUNTED` with a count, of which a program may use any number."""
         self._compatible: set[tuple[int, int]] = set()
         self.progress: Callable[[], Any] = lambda: None
         """Lets MPI make progress with pending messages."""
@@ -116,6 +126,8 @@ class ConsistencyTable:
         """The last call of which this rank has said that another one refuses it."""
         self._raised: deque[int] = deque(maxlen=CALLS)
         """Calls that this rank has left by an error, which it has raised."""
+        self._doubt: tuple[int, bool] | None = None
+        """The call that :meth:`doubt` has noted."""
         self._writing = threading.Lock()
         """Held while a text is written, by a call or by the watchdog."""
         self._words[self._base + PROCESS] = os.getpid()
@@ -131,6 +143,11 @@ class ConsistencyTable:
     def _seq(self) -> int:
         """The number of the call that this rank is executing, or has executed last."""
         return abs(self._words[self._base + STATUS])
+
+    @property
+    def calls(self) -> int:
+        """How many calls this rank has entered: the same number on all ranks on entering one."""
+        return self._seq
 
     @property
     def active_seq(self) -> int:
@@ -151,30 +168,35 @@ class ConsistencyTable:
         return {"entries": address, "row_bytes": 8 * self._stride, "amounts_at": 8 * FIRST_AMOUNTS, **rows}
 
     def announce(self, fingerprint: Fingerprint) -> int:
-        """Write the fingerprint of a future call; returns its digest for :meth:`enter`."""
+        """Write the fingerprint of a future call; returns its word for :meth:`enter`."""
         digest = fingerprint.digest
         if fingerprint.number:
             self.announce(fingerprint.template)
-        self._fingerprints[digest] = fingerprint
+            self._counted[digest] = fingerprint
+            if len(self._counted) > COUNTED:
+                self._counted.popitem(last=False)
+        else:
+            self._fingerprints[digest] = fingerprint
         start = 8 * (self._base + FIRST_TEXT + (digest % TEXTS) * TEXT_WORDS)
         if self._words[start // 8] != digest:  # never written, or overwritten by another call
             with self._writing:
                 self._words[start // 8] = 0
                 self._octets[start + 8 : start + 8 + TEXT_BYTES] = fingerprint.encode()
                 self._words[start // 8] = digest
-        return digest
+        return fingerprint.word
 
     def write_wanted_texts(self) -> None:
         """Write again what other calls of this rank have overwritten, and a member wants to read."""
         for peer in self._peers:
-            wanted = self._fingerprints.get(self._words[peer + WANTED])
+            wanted = self.find_fingerprint(self._base, self._words[peer + WANTED])
             if wanted:
                 self.announce(wanted)
 
-    def enter(self, digest: int, amounts: Amounts | None = None) -> None:
-        """Enter a call; raise if a rank that has entered before called something else."""
-        self.begin(digest, amounts)
+    def enter(self, word: int, amounts: Amounts | None = None) -> None:
+        """Enter the call whose fingerprint has this word; raise if a rank that has entered before made another one."""
+        self.begin(word, amounts)
         self.compare_nodes(amounts)
+        self.stay_in_reach(amounts)
         self.compare_entries()
 
     def compare_nodes(self, amounts: Amounts | None = None) -> None:
@@ -184,19 +206,58 @@ class ConsistencyTable:
             entry, call = self._words[self._base + seq % CALLS], self.find_call(self._base)
             self.between.compare(entry, call, amounts)
 
-    def begin(self, digest: int, amounts: Amounts | None = None) -> None:
+    def stay_in_reach(self, amounts: Amounts | None = None) -> None:
+        """Wait for members that are so far behind that this rank would overwrite what they have to compare."""
+        seq, reach = self._seq, (AMOUNT_CALLS if amounts else CALLS) // 2
+        if seq % reach == 0 and any(abs(self._words[peer + STATUS]) < seq - reach for peer in self._peers):
+            self.wait()
+
+    def begin(self, word: int, amounts: Amounts | None = None) -> None:
         """Enter a call without comparing it."""
+        self.settle()
         words, seq = self._words, self._seq + 1
         if amounts:
             self.write_amounts(seq, amounts)
-        words[self._base + COUNTS + seq % CALLS] = 0
-        words[self._base + seq % CALLS] = (seq << DIGEST_BITS) | digest
+        words[self._base + COUNTS + seq % CALLS] = word >> COUNT_SHIFT
+        words[self._base + seq % CALLS] = (seq << DIGEST_BITS) | (word & DIGEST_MASK)
         words[self._base + STATUS] = seq
 
     def leave(self) -> None:
         """Leave a call; raise if another rank called something else."""
         self.compare_entries()
         self._words[self._base + STATUS] = -self._seq
+
+    def doubt(self, one_way: bool) -> None:
+        """Note that an exception of the program's own code has ended the last call of this rank.
+
+        ``one_way``: another rank may have completed it and sent what this one has not received.
+        """
+        self._doubt = self._seq, one_way
+
+    def settle(self) -> None:
+        """Raise if the ranks are out of step after a call that :meth:`doubt` has noted; wait until they have left it.
+
+        They are in step if all have failed in it, as by an object that cannot be pickled.  Also if this rank has failed
+        after all messages of a call that no other rank can complete without them.
+        """
+        if self._doubt is None:
+            return
+        (seq, one_way), began = self._doubt, time.monotonic()
+        for peer, rank in zip(self._peers, self._others, strict=True):
+            while self.count_left(peer) < seq:
+                pause(began, EAGER_SECONDS, 8)
+                self.progress()
+                if self._words[peer + LEFT]:
+                    raise MismatchError(self.explain_departure(rank, self.find_call(self._base, seq)))
+                if self._words[peer + STATUS] == seq and time.monotonic() - began > LEAVE_SECONDS:
+                    break
+        rows = {peer: self.count_left(peer) >= seq for peer in self._peers}
+        if not all(rows.values()) or (one_way and any(self._words[peer + FAILED] != seq for peer in rows)):
+            raise TransportError(
+                f"rank {self._me}: an exception has ended the last call before it was complete, so this communicator "
+                "is out of step: free it and make a new one"
+            )
+        self._doubt = None
 
     def miss_call(self) -> None:
         """Count a call that other members have entered, and that has failed because this one made another."""
@@ -264,7 +325,7 @@ class ConsistencyTable:
         """
         words, seq = self._words, self._seq
         slot = seq % CALLS
-        for peer in self._peers:
+        for peer, rank in zip(self._peers, self._others, strict=True):
             polls, began = 0, 0.0
             while words[peer + slot] >> DIGEST_BITS < seq:
                 polls += 1
@@ -274,6 +335,8 @@ class ConsistencyTable:
                     self.progress()
                 if polls % POLLS_PER_CHECK == 0:
                     self.raise_if_deadlocked()
+                    if time.monotonic() - began > MEETING_SECONDS:
+                        self.raise_if_refused(peer, rank)
         self.compare_entries()
 
     def announce_code(self) -> None:
@@ -323,13 +386,16 @@ class ConsistencyTable:
                 if found or row == self._base or time.monotonic() > until:
                     return found
                 self._words[self._base + WANTED] = template_of
-                time.sleep(TEXT_SECONDS / 500)
+                time.sleep(LONGEST_SECONDS)
+                self.write_wanted_texts()  # of this rank, for one that waits as well
         finally:
             self._words[self._base + WANTED] = 0
 
     def find_fingerprint(self, row: int, digest: int) -> Fingerprint | None:
         """A rank's fingerprint for a digest; that of this rank is never overwritten."""
-        return self._fingerprints.get(digest) if row == self._base else self.read_fingerprint(row, digest)
+        if row != self._base:
+            return self.read_fingerprint(row, digest)
+        return self._fingerprints.get(digest) or self._counted.get(digest)
 
     def read_fingerprint(self, row: int, digest: int) -> Fingerprint | None:
         """A rank's fingerprint for a digest, unless it has been overwritten."""
@@ -386,7 +452,18 @@ class ConsistencyTable:
         if not new:
             return ""
         self._told = min(new)
-        calls, reason = self.list_calls(self._told), self.read_reason(found[self._told])
+        return self.explain_refusal(self._told, found[self._told])
+
+    def raise_if_refused(self, peer: int, rank: int) -> None:
+        """Raise if a rank has made no call since one that it refuses and this rank has completed."""
+        refused = self._words[peer + REFUSED]
+        alone = 0 < refused <= self.count_completed(self._base) and refused not in self._raised
+        if alone and refused == -self._words[peer + STATUS]:
+            raise MismatchError(self.explain_refusal(refused, rank))
+
+    def explain_refusal(self, seq: int, rank: int) -> str:
+        """The error sentence for a call that this rank has completed and another one refuses."""
+        calls, reason = self.list_calls(seq), self.read_reason(rank)
         known = [each for each in calls.values() if each]
         if self._me in calls and any(first_difference(known[0], each) for each in known):
             reason = mismatch_message(calls, self._me)
@@ -444,7 +521,7 @@ class ConsistencyTable:
             ahead = behind and abs(words[row + STATUS]) >= number
             entered = (ahead or words[row + STATUS] == number) and seconds > MEETING_SECONDS
             other = self.find_call(row, number) if entered else None
-            if other is not None and other == call:
+            if other is not None and call is not None and first_difference(call, other) is None:
                 continue
             if (other or (ahead and entered) or words[row + LEFT]) and position in find_missing():
                 if call:
@@ -502,7 +579,7 @@ class ConsistencyTable:
         """Write a non-blocking call that this rank issues, after so many blocking ones; returns its number."""
         number = self._words[self._base + ISSUED] + 1
         at = self._base + FIRST_ISSUE + 2 * (number % CALLS)
-        self._words[at] = number << DIGEST_BITS | self.announce(fingerprint)
+        self._words[at] = number << DIGEST_BITS | (self.announce(fingerprint) & DIGEST_MASK)
         self._words[at + 1] = blocking_calls
         self._words[self._base + ISSUED] = number
         return number
@@ -538,7 +615,8 @@ class ConsistencyTable:
 
     def leave_step(self, call: Fingerprint | None) -> None:
         """Tell the other members that this call was made in another order."""
-        self._words[self._base + OUT_OF_STEP] = 1 << DIGEST_BITS | (self.announce(call) if call else 0)
+        digest = self.announce(call) & DIGEST_MASK if call else 0
+        self._words[self._base + OUT_OF_STEP] = 1 << DIGEST_BITS | digest
 
     def check_order(self, k: int, number: int, blocking_calls: int, call: Fingerprint) -> None:
         """Raise if member k has left, or has entered the next blocking call before this non-blocking one."""

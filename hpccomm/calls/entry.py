@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
@@ -195,7 +194,10 @@ class Entry:
         self._types, self._items = type_table(list_objects()), item_sizes()
         self._record, self._blocks = np.zeros((), ENTRY_RECORD), np.zeros(4 * size, np.int64)
         self._counts = np.zeros((4, size), np.int32)
-        self._pending = ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, "pending"))
+        self._pending, self._event = (
+            ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, name))
+            for name in ("pending", "event")
+        )
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
         fill(self._record, blocks=self._blocks.ctypes.data, counts=self._counts.ctypes.data, **recorded)
         fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
@@ -333,6 +335,24 @@ class Entry:
         """Raise if MPI has returned an error to the compiled entry."""
         if self._record["failure"]:
             raise MPI.Exception(int(self._record["failure"]))
+
+    def run_objects(self, code: int, native: Callable[..., Any], *arguments: Any) -> Any:
+        """Run one of MPI's collectives of objects as :meth:`run_native` does.
+
+        Pickling and operations run code of the program, which may make other calls on this communicator.
+        """
+        return self.run_native(code, self._let_others_pass, native, *arguments)
+
+    def _let_others_pass(self, native: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a call during which the doors take others."""
+        event, pending, self._pending.value = self._event.value, self._pending.value, 0
+        try:
+            return native(*arguments)
+        except BaseException:
+            self._pending.value = pending
+            raise
+        finally:
+            self._event.value = event
 
     def _leave_native(self) -> None:
         """Leave a call of MPI's."""
@@ -502,6 +522,8 @@ def python_addresses() -> dict[str, int]:
         "list_type": id(list),
         "tuple_type": id(tuple),
         "int_type": id(int),
+        "int64_type": id(np.int64),
+        "int32_type": id(np.int32),
         "none": id(None),
         "in_place": id(MPI.IN_PLACE),
         "answers": ANSWERS.ctypes.data,
@@ -510,8 +532,8 @@ def python_addresses() -> dict[str, int]:
     }
 
 
-ANSWERS = np.array([id(code) for code in range(64)])
-"""The addresses of the integers that a door returns; Python has one object for each."""
+ANSWERS = np.array([id(number) for number in range(MAX_RANKS)])
+"""The addresses of integers, which are answers of doors and ranks; Python has one object for each."""
 
 
 def item_size_offset() -> int:
@@ -529,7 +551,7 @@ def why_python_has_none() -> str:
     """Why this process has no compiled entry."""
     if os.environ.get("HPCCOMM_ENTRY") == "off":
         return "HPCCOMM_ENTRY=off"
-    if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
+    if sys.implementation.name != "cpython" or "t" in getattr(sys, "abiflags", ""):
         return "the entry reads objects of CPython with its global lock"
     if objects.why_none():
         return objects.why_none()
@@ -550,7 +572,7 @@ def reads_objects() -> bool:
     }
     shape = load(id(array) + records.ARRAY_SHAPE)
     pair, row = [array, 7], (array, 7, 9)
-    void = np.dtype("V24")
+    void, scalars = np.dtype("V24"), (np.int64(-(1 << 40)), np.int32(77))
     return (
         ctypes.sizeof(ctypes.c_void_p) == 8
         and sys.byteorder == "little"
@@ -558,6 +580,8 @@ def reads_objects() -> bool:
         and load(id(array) + records.ARRAY_DIMENSIONS) & records.LOW_HALF == 2
         and [load(shape), load(shape + 8)] == [3, 5]
         and load(id(array) + records.ARRAY_FLAGS) & 0xFFFF == array.flags.num
+        and load(id(scalars[0]) + records.SCALAR_VALUE) == -(1 << 40)
+        and load(id(scalars[1]) + records.SCALAR_VALUE) & records.LOW_HALF == 77
         and load(id(void) + item_size_offset()) & records.LOW_HALF == 24
         and load(id(void) + records.DTYPE_KIND) & 0xFF == records.VOID_KIND
         and load(load(id(pair) + records.LIST_ITEMS)) == id(array)

@@ -25,6 +25,7 @@ import torch
 from mpi4py import MPI
 
 from hpccomm import functional, progress
+from hpccomm.algorithms.agreement import check_same_tensors
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError
 from hpccomm.observe.flight_recorder import count_bytes
@@ -286,9 +287,10 @@ def synchronize(handle: Handle) -> Any:
 def broadcast_parameters(params: Any, root_rank: int) -> None:
     """Copy the root's tensors: of a state dict, or of pairs of name and tensor."""
     pairs = sorted(params.items()) if isinstance(params, Mapping) else list(params)
-    for _, each in pairs:
-        if isinstance(each, torch.Tensor):
-            broadcast_(each, root_rank)
+    tensors = [(name, each) for name, each in pairs if isinstance(each, torch.Tensor)]
+    check_same_tensors(world(), "broadcast_parameters", rows_of(tensors))
+    for _, each in tensors:
+        broadcast_(each, root_rank)
 
 
 def broadcast_optimizer_state(optimizer: Any, root_rank: int) -> None:
@@ -297,6 +299,11 @@ def broadcast_optimizer_state(optimizer: Any, root_rank: int) -> None:
     state = broadcast_object(own.state_dict() if rank() == root_rank else None, root_rank)
     if rank() != root_rank:
         own.load_state_dict(state)
+
+
+def rows_of(tensors: Iterable[tuple[str, Any]]) -> list[str]:
+    """Named tensors as rows for :func:`~hpccomm.algorithms.agreement.check_same_tensors`."""
+    return [f"{name!r} {str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for name, each in tensors]
 
 
 ACTIVE, JOINED = 1, 0
@@ -333,7 +340,8 @@ class DistributedOptimizer(OptimizerWrapper):
                 f"DistributedOptimizer: {len(unknown)} parameters of the optimizer are not among named_parameters: "
                 "pass model.named_parameters()"
             )
-        self._synchronized = False
+        self._rows = rows_of((names.get(id(each), str(k)), each) for k, each in enumerate(self._parameters))
+        self._compared = self._synchronized = False
         _optimizers.append(self)
 
     def synchronize(self) -> None:
@@ -344,6 +352,9 @@ class DistributedOptimizer(OptimizerWrapper):
 
     def exchange(self, joined: bool) -> None:
         """Average all gradients in one message; a rank that has joined adds zeros."""
+        if not self._compared:
+            check_same_tensors(world(), "DistributedOptimizer", self._rows, "make the model and the optimizer alike")
+            self._compared = True
         parts = [self._part(each, joined) for each in self._parameters]
         if not parts:
             return

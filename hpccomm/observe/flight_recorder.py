@@ -91,8 +91,9 @@ class Event(NamedTuple):
 class Ring:
     """The memory of one process, mapped by itself or by another one."""
 
-    def __init__(self, file: int, size: int) -> None:
-        self.buffer = mmap.mmap(file, size)
+    def __init__(self, file: int, size: int, present: bool = False) -> None:
+        """``present``: its pages are made now, not one by one while calls are timed."""
+        self.buffer = mmap.mmap(file, size, mmap.MAP_SHARED | mmap.MAP_POPULATE * present)
         self.head = np.frombuffer(self.buffer, HEAD_RECORD, 1)
         self.words = memoryview(self.buffer).cast("q")
         self.table = np.frombuffer(self.buffer, EVENT_RECORD, -1, HEAD_RECORD.itemsize)
@@ -186,15 +187,24 @@ class Stack(NamedTuple):
     @property
     def own(self) -> list[Frame]:
         """The functions of the program itself, not those of hpccomm and of libraries."""
-        found = [each for each in self.frames if not each.file.startswith((PACKAGE, *LIBRARIES))]
+        found = [each for each in self.frames if not each.file.startswith((PACKAGE, *library_folders()))]
         return found or self.frames
 
 
 PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
-LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
-STARTERS = ("<frozen", *(os.path.join(each, "mpi4py", "") for each in LIBRARIES))
-"""Files whose functions only start the program."""
 MOST_FRAMES = 60
+
+
+@cache
+def library_folders() -> tuple[str, ...]:
+    """Where Python's library and installed packages are; the first call takes milliseconds."""
+    return tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+
+
+@cache
+def starters() -> tuple[str, ...]:
+    """The beginnings of the names of files whose functions only start the program."""
+    return ("<frozen", *(os.path.join(each, "mpi4py", "") for each in library_folders()))
 
 
 def read_stacks() -> list[Stack]:
@@ -206,7 +216,7 @@ def read_stacks() -> list[Stack]:
         name, at = names.get(ident, "a thread"), frame
         frames: list[tuple[str, int, str]] = []
         while at is not None and len(frames) < MOST_FRAMES:
-            if not at.f_code.co_filename.startswith(STARTERS):
+            if not at.f_code.co_filename.startswith(starters()):
                 frames.append((at.f_code.co_filename, at.f_lineno, at.f_code.co_name))
             at = at.f_back  # type: ignore[assignment]
         idle = not frames or (
@@ -282,7 +292,7 @@ class Recorder:
             file = os.memfd_create(FILE, os.MFD_CLOEXEC)
             os.ftruncate(file, size)
             weakref.finalize(self, os.close, file)
-        self.ring, self._length = Ring(file, size), length
+        self.ring, self._length = Ring(file, size, present=length > EVENTS), length
         head = self.ring.head
         head["pid"], head["length"], head["rank"], head["size"] = os.getpid(), length, -1, -1
         head["magic"] = MAGIC

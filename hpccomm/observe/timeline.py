@@ -1,9 +1,9 @@
 """A trace of the collective calls of all ranks, on one clock, for Perfetto or Chrome: ``HPCCOMM_TIMELINE=trace.json``.
 
 The flight recorder (:mod:`hpccomm.observe.flight_recorder`) has the last calls of each rank; with the variable it keeps
-262,144 of them.  When the program ends the ranks send them to rank 0, which writes one file.  Calls of one communicator
-have the same order on all ranks, so the n-th call of one rank is the n-th of another: inside a call a rank waits until
-the last rank has begun it, and the trace names that rank.
+262,144 of them.  When the program ends each rank makes its part of the file, and rank 0 writes it.  Calls of one
+communicator have the same order on all ranks, so the n-th call of one rank is the n-th of another: inside a call a rank
+waits until the last rank has begun it, and the trace names that rank.
 
 *Clocks.*  A rank's clock is compared with rank 0's by messages to and fro, of which the fastest counts: its error is
 at most half the time of that message.
@@ -16,12 +16,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from hpccomm.observe.flight_recorder import VARIABLE, Event, clock, recorder
 from hpccomm.observe.nesting import nest
@@ -67,12 +68,15 @@ def finish() -> None:
         write(Path(f"{path}.rank{world.rank}"), [found], [0], [""], [world.rank])
         return
     offset = compare_clocks(world)
-    mine = (list(map(tuple, found)), offset, MPI.Get_processor_name())
-    gathered = world.gather(mine)
-    if gathered is not None:
-        events, offsets, names = zip(*gathered, strict=True)
-        ranks = list(range(world.size))
-        write(Path(path), [[Event(*each) for each in one] for one in events], list(offsets), list(names), ranks)
+    mine = align(found, offset)
+    start = world.allreduce(min((each.begin for each in mine), default=sys.maxsize), MPI.MIN)
+    hosts = world.allgather(MPI.Get_processor_name())
+    kept = world.bcast(last_ranks(world.gather(list_meetings(mine, world.rank))))
+    place = {"pid": number_nodes(hosts)[hosts[world.rank]], "tid": world.rank}
+    text = encode(list_slices(mine, place, start, by_call(kept)))
+    texts = world.gather(text)  # made by each rank, so that many ranks take no longer than one
+    if texts is not None:
+        save(Path(path), [encode(list_nodes(hosts)), *texts])
 
 
 def all_arrive(world: Any) -> bool:
@@ -131,36 +135,71 @@ def compare_clocks(world: Any) -> int:
 def write(
     path: Path, events: Sequence[Sequence[Event]], offsets: Sequence[int], hosts: Sequence[str], ranks: Sequence[int]
 ) -> None:
-    """Write the trace; a file that cannot be written is a line on stderr, as the program itself has ended well."""
-    trace = build(events, offsets, hosts, ranks)
+    """Write a trace."""
+    save(path, [encode(build(events, offsets, hosts, ranks)["traceEvents"])])
+
+
+def save(path: Path, texts: Sequence[str]) -> None:
+    """Write a file of encoded events; one that cannot be written is a line on stderr, as the program has ended well."""
+    rest = json.dumps(REST | {"otherData": {"program": " ".join(sys.argv)}})
     try:
-        path.write_text(json.dumps(trace), encoding="utf-8")
+        with path.open("w", encoding="utf-8") as file:
+            file.write('{"traceEvents": [')
+            file.write(",\n".join(filter(None, texts)))
+            file.write(f"], {rest[1:]}")
     except OSError as error:
         from hpccomm.log import logger
 
         logger().error(f"{VARIABLE}={path}: {error.strerror}: name a file that can be written")
 
 
+REST = {"displayTimeUnit": "ms"}
+"""What follows the events."""
+
+
+def encode(events: Sequence[dict[str, Any]]) -> str:
+    """Events as JSON, without the brackets of their list."""
+    return json.dumps(events)[1:-1]
+
+
 def build(
     events: Sequence[Sequence[Event]], offsets: Sequence[int], hosts: Sequence[str], ranks: Sequence[int]
 ) -> dict[str, Any]:
     """The trace in Chrome's format: a process is a node, a thread a rank; waiting is a slice inside its call."""
-    aligned = [
-        [each._replace(begin=each.begin + offset, end=each.end + offset) for each in one]
-        for one, offset in zip(events, offsets, strict=True)
-    ]
+    aligned = [align(one, offset) for one, offset in zip(events, offsets, strict=True)]
     start = min((each.begin for one in aligned for each in one), default=0)
-    nodes = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
-    found: list[dict[str, Any]] = []
-    for host, node in nodes.items():
-        found.append({"ph": "M", "name": "process_name", "pid": node, "tid": 0, "args": {"name": f"node {host}"}})
-    last = last_ranks(aligned, ranks)
+    last = by_call(last_ranks([list_meetings(one, rank) for rank, one in zip(ranks, aligned, strict=True)]))
+    nodes, found = number_nodes(hosts), list_nodes(hosts)
     for rank, host, one in zip(ranks, hosts, aligned, strict=True):
-        place = {"pid": nodes[host], "tid": rank}
-        found.append({"ph": "M", "name": "thread_name", **place, "args": {"name": f"rank {rank}"}})
-        for each in one:
-            found += slices(each, place, start, last.get((each.comm, each.call)))
-    return {"traceEvents": nest(found), "displayTimeUnit": "ms", "otherData": {"program": " ".join(sys.argv)}}
+        found += list_slices(one, {"pid": nodes[host], "tid": rank}, start, last)
+    return {"traceEvents": found, **REST}
+
+
+def align(events: Sequence[Event], offset: int) -> list[Event]:
+    """The events on the clock of rank 0."""
+    return [each._replace(begin=each.begin + offset, end=each.end + offset) for each in events]
+
+
+def number_nodes(hosts: Iterable[str]) -> dict[str, int]:
+    """The process of each node in the trace."""
+    return {host: number for number, host in enumerate(dict.fromkeys(hosts))}
+
+
+def list_nodes(hosts: Iterable[str]) -> list[dict[str, Any]]:
+    """The events that name the nodes."""
+    named = {"ph": "M", "name": "process_name", "tid": 0}
+    return [named | {"pid": node, "args": {"name": f"node {host}"}} for host, node in number_nodes(hosts).items()]
+
+
+def list_slices(
+    events: Sequence[Event], place: dict[str, int], start: int, last: dict[tuple[int, int], Last]
+) -> list[dict[str, Any]]:
+    """What the trace has of a rank, whose place are its node and its number."""
+    named: dict[str, Any] = {"ph": "M", "name": "thread_name", "args": {"name": f"rank {place['tid']}"}}
+    found = [named | place]
+    for each in events:
+        found += slices(each, place, start, last.get((each.comm, each.call)))
+    return nest(found)
 
 
 class Last(NamedTuple):
@@ -170,16 +209,25 @@ class Last(NamedTuple):
     begin: int
 
 
-def last_ranks(events: Sequence[Sequence[Event]], ranks: Sequence[int]) -> dict[tuple[int, int], Last]:
+def list_meetings(events: Sequence[Event], rank: int) -> npt.NDArray[np.int64]:
+    """``(n, 4)``: communicator, number, begin and rank of a rank's calls that wait for all ranks."""
+    rows = [(each.comm, each.call, each.begin, rank) for each in events if each.call > 0 and each.name in SYNCHRONISING]
+    return np.array(rows, np.int64).reshape(-1, 4)
+
+
+def last_ranks(meetings: Sequence[npt.NDArray[np.int64]] | None) -> npt.NDArray[np.int64]:
+    """Of the meetings of all ranks one row for each call: that of the lowest rank that began it last."""
+    rows = np.concatenate(meetings or [np.empty((0, 4), np.int64)])
+    comm, call, begin, rank = rows.T
+    rows = rows[np.lexsort((-rank, begin, call, comm))]
+    following = np.ones(len(rows), bool)
+    following[:-1] = (rows[1:, :2] != rows[:-1, :2]).any(axis=1)
+    return rows[following]
+
+
+def by_call(rows: npt.NDArray[np.int64]) -> dict[tuple[int, int], Last]:
     """By communicator and number of the call, the rank that began it last."""
-    found: dict[tuple[int, int], Last] = {}
-    for rank, one in zip(ranks, events, strict=True):
-        for each in one:
-            if each.call > 0 and each.name in SYNCHRONISING:
-                key = each.comm, each.call
-                if key not in found or each.begin > found[key].begin:
-                    found[key] = Last(rank, each.begin)
-    return found
+    return {(comm, call): Last(rank, begin) for comm, call, begin, rank in rows.tolist()}
 
 
 def slices(each: Event, place: dict[str, int], start: int, last: Last | None) -> Iterator[dict[str, Any]]:

@@ -94,13 +94,14 @@ class Compression:
         state = self.exchange.collect_state()
         return {rank_name(self.comm.rank, self.comm.size): to_tensors(checkpoints.state_dict(state))}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         """Continue from what :meth:`state_dict` returned, bit for bit with buckets of the same size (collective).
 
-        ``saved`` may also hold the states of all ranks of another number of ranks (:meth:`merge` their dicts): what
-        they have not sent is divided anew (:func:`hpccomm.for_ranks`).
+        ``saved`` may also be a list of what all ranks returned, or these dicts in one (:meth:`merge`).  Another number
+        of ranks needs those of all old ranks: what they have not sent is divided anew (:func:`hpccomm.for_ranks`).
         """
         self._end_step()
+        saved = saved if isinstance(saved, Mapping) else self.merge(saved)
         name, like = rank_name(self.comm.rank, self.comm.size), self.exchange.collect_state()
         if name in saved:
             self.exchange.restore_state(checkpoints.load_state_dict(like, from_tensors(saved[name])))
@@ -110,10 +111,10 @@ class Compression:
         if set(names) != set(saved):
             raise ArgumentError(
                 f"load_state_dict: the state of {name} is not among {', '.join(sorted(saved)) or 'none'}: pass this "
-                "rank's state, or those of all ranks of the run that saved"
+                "rank's state dict, or a list of those of all ranks of the run that saved"
             )
         olds = [checkpoints.load_state_dict(like, from_tensors(saved[each]), other_ranks=True) for each in names]
-        self.exchange.restore_state(states.for_ranks(olds, self.comm.rank, self.comm.size))
+        self.exchange.restore_state(states.for_ranks(olds, self.comm.rank, self.comm.size, like))
 
     @staticmethod
     def merge(dicts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from hpccomm.torch.collectives import Collectives
 from hpccomm.torch.messages import Message, receive, send
 from hpccomm.torch.options import Options
 from hpccomm.torch.tensors import Tensor
-from hpccomm.torch.works import DONE, CallQueue, Work, complete_first
+from hpccomm.torch.works import DONE, NO_LIMIT, CallQueue, Work, complete_first
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
-"""Torch's default.  With a shorter one, synchronous calls run on the group's thread as well, so that they can end."""
+"""Torch's default.  Calls of a group with a shorter one, and calls with one of their own, raise after it.  Synchronous
+ones then run on the group's thread as well, so that they can end."""
 
 
 TensorOrTensors: TypeAlias = Any
@@ -139,23 +140,40 @@ class Group(dist.ProcessGroup):
 
     # Running calls
 
-    def _run(self, name: str, options: Any, body: Callable[[Collectives], None], results: list[Any]) -> Any:
-        """Run ``body``, which is the call ``name``: at once if torch waits for it anyway."""
-        asynchronous = options is None or options.asyncOp
-        limited = self.timeout < DEFAULT_TIMEOUT
-        if not asynchronous and not limited and self._calls.enter():
+    @property
+    def _limit(self) -> timedelta:
+        """The time after which calls that have none of their own raise."""
+        return self.timeout if self.timeout < DEFAULT_TIMEOUT else NO_LIMIT
+
+    def _run(
+        self,
+        name: str,
+        options: Any,
+        body: Callable[[Collectives], None],
+        results: list[Any],
+        timeout: timedelta | None = None,
+    ) -> Any:
+        """Run ``body``, which is the call ``name``: at once if torch waits for it anyway.
+
+        In torch's shorter forms of a call ``options`` are a time limit, or ``timeout`` is one.
+        """
+        asynchronous = getattr(options, "asyncOp", True)
+        given = options if isinstance(options, timedelta) else timeout or getattr(options, "timeout", None)
+        own = given or NO_LIMIT
+        limit = own if own > NO_LIMIT else self._limit
+        if not asynchronous and not limit and self._calls.enter():
             try:
                 body(self._collectives)
             finally:
                 self._calls.leave()
             return DONE
-        work = Work(f"{self._label}: {name}", partial(body, self._collectives), results, self._describe_missing)
-        if asynchronous or limited:
+        work = Work(f"{self._label}: {name}", partial(body, self._collectives), results, self._describe_missing, limit)
+        if asynchronous or limit:
             self._calls.submit(work)
         else:
             self._calls.put(work)
         if not asynchronous:
-            work.wait(self.timeout if limited else timedelta(0))
+            work.wait()
         return work
 
     def _describe_missing(self) -> str:
@@ -171,7 +189,7 @@ class Group(dist.ProcessGroup):
         """Reduce each tensor over the ranks, in place."""
         opts, tensors = read_options(dist.AllreduceOptions, opts, op), as_list(tensors)
         op = opts.reduceOp
-        return self._run("all_reduce", opts, lambda on: on.allreduce(tensors, op), tensors)
+        return self._run("all_reduce", opts, lambda on: on.allreduce(tensors, op), tensors, timeout)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Work:
         """As :meth:`allreduce`."""
@@ -183,7 +201,7 @@ class Group(dist.ProcessGroup):
         """Reduce a tensor to the root, in place."""
         opts, tensors = read_options(dist.ReduceOptions, opts, op, root), as_list(tensors)
         op, root = opts.reduceOp, opts.rootRank
-        return self._run("reduce", opts, lambda on: on.reduce(tensors[0], op, root), tensors)
+        return self._run("reduce", opts, lambda on: on.reduce(tensors[0], op, root), tensors, timeout)
 
     def reduce_scatter(
         self, outputs: TensorOrTensors, inputs: list[Any], opts: Any = None, timeout: Any = None, *, op: Any = None
@@ -191,7 +209,7 @@ class Group(dist.ProcessGroup):
         """Reduce one tensor a rank; each rank gets its own."""
         opts, given = read_options(dist.ReduceScatterOptions, opts, op), inputs if is_one(outputs) else inputs[0]
         outputs, op = as_list(outputs), opts.reduceOp
-        return self._run("reduce_scatter", opts, lambda on: on.reduce_scatter(outputs[0], given, op), outputs)
+        return self._run("reduce_scatter", opts, lambda on: on.reduce_scatter(outputs[0], given, op), outputs, timeout)
 
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], tensors: list[Tensor], opts: Any = None) -> Work:
         """Reduce tensors over the ranks; each rank gets an equal part of each."""
@@ -218,12 +236,12 @@ class Group(dist.ProcessGroup):
         """Copy the root's tensor to all ranks."""
         opts, tensors = read_options(dist.BroadcastOptions, opts, root), as_list(tensors)
         root = opts.rootRank
-        return self._run("broadcast", opts, lambda on: on.broadcast(tensors, root), tensors)
+        return self._run("broadcast", opts, lambda on: on.broadcast(tensors, root), tensors, timeout)
 
-    def allgather(self, outputs: list[Any], inputs: TensorOrTensors, opts: Any = None) -> Work:
+    def allgather(self, outputs: list[Any], inputs: TensorOrTensors, opts: Any = None, timeout: Any = None) -> Work:
         """Gather a tensor of each rank; they may be of different lengths."""
         outputs, inputs = [outputs] if is_one(inputs) else outputs, as_list(inputs)
-        return self._run("all_gather", opts, lambda on: on.allgather(outputs[0], inputs[0]), outputs)
+        return self._run("all_gather", opts, lambda on: on.allgather(outputs[0], inputs[0]), outputs, timeout)
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
         """Gather several tensors of each rank: ``outputs[k]`` are those of rank k."""
@@ -258,7 +276,7 @@ class Group(dist.ProcessGroup):
         opts = read_options(dist.GatherOptions, opts, root)
         outputs, inputs = [outputs] if is_one(inputs) else outputs, as_list(inputs)
         into, root = outputs[0] if outputs else [], opts.rootRank
-        return self._run("gather", opts, lambda on: on.gather(into, inputs[0], root), outputs)
+        return self._run("gather", opts, lambda on: on.gather(into, inputs[0], root), outputs, timeout)
 
     def scatter(
         self, outputs: TensorOrTensors, inputs: list[Any], opts: Any = None, timeout: Any = None, *, root: Any = None
@@ -267,35 +285,43 @@ class Group(dist.ProcessGroup):
         opts = read_options(dist.ScatterOptions, opts, root)
         given, root = inputs if is_one(outputs) or not inputs else inputs[0], opts.rootRank
         outputs = as_list(outputs)
-        return self._run("scatter", opts, lambda on: on.scatter(outputs[0], given, root), outputs)
+        return self._run("scatter", opts, lambda on: on.scatter(outputs[0], given, root), outputs, timeout)
 
-    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None, timeout: Any = None) -> Work:
         """Send a tensor to each rank, and receive one from each."""
-        return self._run("all_to_all", opts, lambda on: on.alltoall(outputs, inputs), outputs)
+        return self._run("all_to_all", opts, lambda on: on.alltoall(outputs, inputs), outputs, timeout)
 
     def all_to_all_single(
-        self, output: Tensor, tensor: Tensor, receives: Sequence[int], sends: Sequence[int], opts: Any = None
+        self,
+        output: Tensor,
+        tensor: Tensor,
+        receives: Sequence[int],
+        sends: Sequence[int],
+        opts: Any = None,
+        timeout: Any = None,
     ) -> Work:
         """Send rows of a tensor to each rank, equally many or as ``sends`` says."""
         rows = list(receives), list(sends)
-        return self._run("all_to_all_single", opts, lambda on: on.alltoall_tensor(output, tensor, *rows), [output])
+        return self._run(
+            "all_to_all_single", opts, lambda on: on.alltoall_tensor(output, tensor, *rows), [output], timeout
+        )
 
     alltoall_base = all_to_all_single
 
-    def barrier(self, opts: Any = None) -> Work:
+    def barrier(self, opts: Any = None, timeout: Any = None) -> Work:
         """Wait for all ranks."""
-        return self._run("barrier", opts, Collectives.barrier, [])
+        return self._run("barrier", opts, Collectives.barrier, [], timeout)
 
     # Messages
 
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Message:
         """Send a tensor to a rank."""
-        return send(self.comm, tensors[0], rank, tag, self._who("send"))
+        return send(self.comm, tensors[0], rank, tag, self._who("send"), self._limit)
 
     def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Message:
         """Receive a tensor from a rank."""
-        return receive(self.comm, tensors[0], rank, tag, self._who("recv"))
+        return receive(self.comm, tensors[0], rank, tag, self._who("recv"), self._limit)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Message:
         """Receive a tensor from any rank."""
-        return receive(self.comm, tensors[0], MPI.ANY_SOURCE, tag, self._who("recv"))
+        return receive(self.comm, tensors[0], MPI.ANY_SOURCE, tag, self._who("recv"), self._limit)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hpccomm.algorithms import checkpoints
+from hpccomm.algorithms.agreement import check_same_tensors, rows_of
 from hpccomm.algorithms.exact_steps import exact_step
 from hpccomm.algorithms.local_steps import PeriodicTransform
 from hpccomm.algorithms.transforms import Transform
@@ -22,7 +23,9 @@ class LocalOptimizer(OptimizerWrapper):
     def __init__(self, optimizer: Any, make: Callable[[Any, Transform], PeriodicTransform], group: Any) -> None:
         super().__init__(optimizer)
         self.vector = ParameterVector(name_groups(optimizer))
-        self.method = make(communicator(group), Transform(self._forget, self._step))
+        comm = communicator(group)
+        check_same_tensors(comm, "local", rows_of(self.vector.bucket), "make the model and the optimizer alike")
+        self.method = make(comm, Transform(self._forget, self._step))
         if not isinstance(self.method, PeriodicTransform):
             raise ArgumentError(
                 f"local: {make!r} made {self.method!r}: pass lambda comm, inner: hpccomm.bmuf(comm, inner)"

@@ -116,8 +116,12 @@ def remember(group: Any, ranks: list[int]) -> None:
 
 def find_missing(comm: Any) -> list[int]:
     """The ranks of this node that have not entered the call that this rank is in."""
-    table = comm.context.consistency
-    return table.missing_ranks() if table else []
+    context = comm.context
+    table, memory = context.consistency, context.shared_memory
+    found = table.missing_ranks() if table else []
+    if not found and memory and table:  # calls in shared memory have no entry in the table
+        found = [table.members[position] for position in memory.missing_ranks()]
+    return found
 
 
 def release(comm: Communicator) -> None:

@@ -16,6 +16,7 @@ from mpi4py import MPI
 from hpccomm.errors import MismatchError
 from hpccomm.torch.members import find_left
 from hpccomm.torch.tensors import Tensor, as_array, copy_back, find_room, read
+from hpccomm.torch.works import NO_LIMIT
 from hpccomm.transports.polling import pause
 
 EAGER_SECONDS = 1e-4
@@ -26,7 +27,10 @@ REMEDY = "make shape and dtype the same on both ranks"
 
 
 class Message(dist.Work):
-    """The handle of a message; ``finish`` is run once, after it has come or gone."""
+    """The handle of a message; ``finish`` is run once, after it has come or gone.
+
+    ``limit`` is the time after which a wait raises that names none; 0 for none.
+    """
 
     def __init__(
         self,
@@ -35,10 +39,11 @@ class Message(dist.Work):
         results: list[Any],
         finish: Callable[[MPI.Status], None],
         has_left: Callable[[], bool],
+        limit: timedelta,
     ) -> None:
         super().__init__()
         self._request, self._who, self._results, self._finish = request, who, results, finish
-        self._has_left = has_left
+        self._has_left, self._limit = has_left, limit
         self._status, self._complete = MPI.Status(), False
         self._error: Exception | None = None
         self._future: Any = None
@@ -75,9 +80,9 @@ class Message(dist.Work):
         """The tensor."""
         return self._results
 
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Wait until the message has come or gone; raise its error, or MismatchError after ``timeout``."""
-        began, seconds = time.monotonic(), timeout.total_seconds()
+    def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
+        """Wait until the message has come or gone; raise its error, or MismatchError after ``timeout`` or its limit."""
+        began, seconds = time.monotonic(), (timeout or self._limit).total_seconds()
         while not self.is_completed():
             pause(began, EAGER_SECONDS, 8)
             if 0 < seconds < time.monotonic() - began:
@@ -114,16 +119,16 @@ def as_bytes(tensor: Tensor) -> list[Any]:
     return [as_array(tensor).view(np.uint8), MPI.BYTE]
 
 
-def send(comm: Any, tensor: Tensor, rank: int, tag: int, who: str) -> Message:
+def send(comm: Any, tensor: Tensor, rank: int, tag: int, who: str, limit: timedelta) -> Message:
     """Start to send a tensor."""
     dense = read(tensor, who)
     request = comm.Isend(as_bytes(dense), rank, tag)
     return Message(
-        request, f"{who} to rank {rank}", [tensor], lambda status: hold(dense), partial(has_left, comm, rank)
+        request, f"{who} to rank {rank}", [tensor], lambda status: hold(dense), partial(has_left, comm, rank), limit
     )
 
 
-def receive(comm: Any, tensor: Tensor, rank: int, tag: int, who: str) -> Message:
+def receive(comm: Any, tensor: Tensor, rank: int, tag: int, who: str, limit: timedelta) -> Message:
     """Start to receive a tensor."""
     dense = find_room(tensor, who)
     source = "any rank" if rank == MPI.ANY_SOURCE else f"rank {rank}"
@@ -145,6 +150,7 @@ def receive(comm: Any, tensor: Tensor, rank: int, tag: int, who: str) -> Message
         [tensor],
         finish,
         partial(has_left, comm, rank),
+        limit,
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hpccomm.algorithms import checkpoints
+from hpccomm.algorithms.agreement import check_same_tensors
 from hpccomm.algorithms.bucketed import Make, make_method
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
@@ -69,6 +70,7 @@ def second_hop(model: Any, comm: Any, make: Make) -> SecondHop:
     if not modules:
         raise ArgumentError("second_hop: the model has no module of fully_shard: call fully_shard(model, mesh=…) first")
     hop = SecondHop(communicator(comm), make)
+    check_same_tensors(hop.comm, "second_hop", [repr(name) for name in modules], "shard the same modules on all ranks")
     for name, each in modules.items():
         each.set_all_reduce_hook(make_hook(hop, name))
     return hop

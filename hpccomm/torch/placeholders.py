@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from hpccomm import launcher
 from hpccomm.calls.fingerprint import format_ranks
@@ -276,9 +276,29 @@ def hold(connection: socket.socket, listener: socket.socket, rank: int) -> None:
     threading.Thread(target=watch, name="hpccomm-placeholder", daemon=True).start()
 
 
+class Exit(SystemExit):
+    """What ``sys.exit`` raises in a rank: if it ends the program, it ends this process at once, by its status.
+
+    The interpreter releases it then, outside of all functions, and runs the exit handlers afterwards.
+    """
+
+    process = 0
+    """This process, but not those that it forks."""
+
+    def __del__(self) -> None:
+        in_main_thread = threading.get_ident() == threading.main_thread().ident
+        if self.code and os.getpid() == self.process and in_main_thread and sys._getframe().f_back is None:
+            atexit.register(end_at_once, self.code if isinstance(self.code, int) else 1)
+
+
+def raise_exit(status: Any = None) -> NoReturn:
+    """``sys.exit`` of a rank."""
+    raise Exit(status)
+
+
 def end_on_exceptions(process: int) -> None:
     """Let an exception that ends the program end this process at once: MPI's end would wait for all other ranks."""
-    write_exception = sys.excepthook
+    write_exception, Exit.process, sys.exit = sys.excepthook, process, raise_exit
 
     def end(*error: Any) -> None:
         write_exception(*error)
@@ -331,8 +351,7 @@ def start_mpi() -> None:
     if not MPI.Is_initialized():
         MPI.Init_thread()
     MPI.COMM_WORLD.Barrier()  # all ranks have mapped the file
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
-        names = {line.split()[5] for line in file if "/dev/shm/mpich_shm_" in line}
-    for name in names if MPI.COMM_WORLD.rank == 0 else ():
-        with suppress(OSError):
-            os.unlink(name)
+    if MPI.COMM_WORLD.rank == 0:
+        from hpccomm.transports.segment import unlink_memory_of_mpi
+
+        unlink_memory_of_mpi()

@@ -24,16 +24,28 @@ from hpccomm.calls.watchdog import EXIT_SECONDS, abort_all
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.progress import has_thread, run_at_finalize
 
+NO_LIMIT = timedelta(0)
+"""Torch's time limit of a wait that has none."""
 SETTLE_SECONDS = 1e-3
 """Time between two looks for threads that are busy when a group or the program ends."""
 
 
 class Work(dist.Work):
-    """The handle of the call ``name``, which writes ``results``; ``missing`` describes what a late call lacks."""
+    """The handle of the call ``name``, which writes ``results``; ``missing`` describes what a late call lacks.
 
-    def __init__(self, name: str, body: Callable[[], None], results: list[Any], missing: Callable[[], str]) -> None:
+    ``limit`` is the time after which a wait raises that names none; 0 for none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        body: Callable[[], None],
+        results: list[Any],
+        missing: Callable[[], str],
+        limit: timedelta = NO_LIMIT,
+    ) -> None:
         super().__init__()
-        self.name = name
+        self.name, self._limit = name, limit
         self._body: Callable[[], None] | None = body
         self._results, self._missing = results, missing
         self._error: BaseException | None = None
@@ -68,11 +80,11 @@ class Work(dist.Work):
         else:
             future.set_exception(self._error)
 
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Wait for the call and raise its error; after ``timeout``, if there is one, raise MismatchError."""
+    def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
+        """Wait for the call and raise its error; after ``timeout``, or the call's limit, raise MismatchError."""
         if self._complete and self._error is None:
             return True
-        seconds = timeout.total_seconds()
+        seconds = (timeout or self._limit).total_seconds()
         if not self.sleep(seconds if seconds > 0 else None):
             raise MismatchError(f"{self.name} timed out after {seconds:g} s: {self._missing()}")
         if self._error is not None:
@@ -135,7 +147,7 @@ class Work(dist.Work):
 class Done(dist.Work):
     """The handle of synchronous calls, which have ended before their caller has it."""
 
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+    def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
         """Nothing is to be waited for."""
         return True
 

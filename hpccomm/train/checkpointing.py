@@ -85,7 +85,9 @@ class Folder:
             return []
         like, rank = self.contents(training), self.comm.rank
         olds = self.run_collectively(lambda: restore_set(self.path, manifest, self.comm, like))
-        weights, training.state, training.progress = self.run_collectively(lambda: take_own(olds, manifest, self.comm))
+        weights, training.state, training.progress = self.run_collectively(
+            lambda: take_own(olds, manifest, self.comm, like)
+        )
         if manifest.places(self.comm.size) != self.comm.size:  # the sum over the ranks stays
             loss = float(sum(progress.loss for _, _, progress in olds))
             training.progress = training.progress._replace(loss=loss if rank == 0 else 0.0)
@@ -145,8 +147,7 @@ class ShardFolder(Folder):
         manifest = self.find()
         if manifest is None:
             return []
-        note = manifest.note
-        load_shards(self.path, self.name, training.states)
+        note = load_shards(self.path, self.name, training.states)
         steps, loss, step_s, boundary_s = note["epoch_so_far"]
         hops = [ExchangeReport(*each) for each in note["hops"]]
         training.progress = sharded.EpochProgress(

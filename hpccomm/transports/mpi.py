@@ -7,6 +7,7 @@ on every MPI.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from collections.abc import Callable, Iterator
@@ -55,12 +56,15 @@ def message_functions() -> dict[str, int]:
 
 @cache
 def function_address(name: str) -> int:
-    """The address of one of MPI's functions; 0 if it is not found."""
-    try:
-        library = ctypes.CDLL(MPI.__file__)  # looks through the libraries that it is linked with, too
-        return ctypes.cast(library[name], ctypes.c_void_p).value or 0
-    except (AttributeError, OSError):
-        return 0
+    """The address of one of MPI's functions; 0 if it is not found.
+
+    It is looked for where the linker has looked for mpi4py: first in libraries for all, such as a preloaded profiler,
+    then in those that mpi4py is linked with.
+    """
+    for library in (None, MPI.__file__):
+        with contextlib.suppress(AttributeError, OSError):
+            return ctypes.cast(ctypes.CDLL(library)[name], ctypes.c_void_p).value or 0
+    return 0
 
 
 def as_word(handle: int) -> int:

@@ -10,6 +10,7 @@ import mmap
 import os
 import weakref
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,11 @@ def raise_together(node: Any, size: int, problems: list[str], file: int) -> None
         f"{found[0][1]}): allow the job or container more memory (docker run --shm-size), "
         "or use algorithm='native'"
     )
+
+
+@cache
+def unlink_memory_of_mpi() -> None:
+    """Remove the name of memory that all ranks of this node have mapped, and that MPICH leaves if a rank is killed."""
+    with suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
+        for name in {line.split()[5] for line in file if "/dev/shm/mpich_shm_" in line}:
+            os.unlink(name)

@@ -26,7 +26,7 @@ from hpccomm.errors import ArgumentError
 from hpccomm.files import remove_parts, replace_file
 
 
-def save_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel, **note: Any) -> None:
+def save_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel, /, **note: Any) -> None:
     """Save sharded states, with ``note`` in JSON beside them, in a folder shared by all ranks (collective).
 
     Call it between optimizer steps, not between micro-steps.  Raises on all ranks if one cannot write; the older
@@ -37,16 +37,15 @@ def save_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel,
     what = f"save_shards {os.fspath(folder)}"
     if taken:
         raise ArgumentError(f"{what}: unit {taken[0]!r} has seen gradients since the last step: save after boundary()")
-    written = {
+    shards = {
         "steps": states.steps,
         "ranks": states.ranks,
         "loss_scale": list(states.loss_scale),
         "units": {unit.name: unit.size for unit in states.units.values()},
         "dtype": str(states.master.dtype),
-        **note,
     }
     parts = run_collectively(comm, what, lambda: contents(states) if writes else None)
-    write_set(comm, folder, name, what, written, parts, states.place, states.ranks)
+    write_set(comm, folder, name, what, note, parts, states.place, states.ranks, {"shards": shards})
 
 
 def contents(states: ShardedModel) -> dict[str, Any]:
@@ -72,31 +71,47 @@ def split_by_unit(states: ShardedModel, vector: Vector) -> tuple[Vector, ...]:
     return tuple(vector[unit.own_slice] for unit in states.units.values())
 
 
-def load_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel) -> dict[str, Any]:
-    """Restore the states of :func:`save_shards`, on any number of ranks; returns the note (collective).
+def load_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel, /) -> dict[str, Any]:
+    """Restore the states of :func:`save_shards`, on any number of ranks; returns the note alone (collective).
 
     Raises on all ranks for another model or optimizer and for files that are missing or truncated; the states are then
     unchanged.
     """
     what, where, comm = f"load_shards {os.fspath(folder)}", Path(folder), states.groups.world
     manifest = find_set(comm, folder, name, what)
-    master, state = run_collectively(comm, what, lambda: read_states(where, manifest, states))
-    note = manifest.note
+    told, note = run_collectively(comm, what, lambda: read_description(manifest))
+    master, state = run_collectively(comm, what, lambda: read_states(where, manifest, told, states))
     states.master[...], states.state = to_device_like(master, states.master), state
-    states.steps, states.loss_scale = note["steps"], LossScale(*note["loss_scale"])
+    states.steps, states.loss_scale = told["steps"], LossScale(*told["loss_scale"])
     states.refresh()
-    return dict(note)
+    return note
 
 
-def read_states(folder: Path, manifest: Manifest, states: ShardedModel) -> tuple[Vector, Any]:
+OWN = ("steps", "ranks", "loss_scale", "units", "dtype")
+"""What describes shards; older manifests hold it beside the note."""
+
+
+def read_description(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What describes the shards, and the note; raises for a set that holds none."""
+    told, note = manifest.own.get("shards"), dict(manifest.note)
+    if told is None:
+        told = {key: note.pop(key) for key in OWN if key in note}
+    if absent := set(OWN) - told.keys():
+        raise ArgumentError(
+            f"{manifest.name}.json has no {min(absent)}: save_set wrote it, or another program: load it with load_set"
+        )
+    return told, note
+
+
+def read_states(folder: Path, manifest: Manifest, told: dict[str, Any], states: ShardedModel) -> tuple[Vector, Any]:
     """This rank's weights and optimizer state, assembled from the files."""
-    note, opened = manifest.note, dict[int, CheckpointFile]()
-    if absent := {"steps", "ranks", "loss_scale", "units", "dtype"} - note.keys():
-        raise ArgumentError(f"{manifest.name}.json has no {min(absent)}: it does not name saved shards")
+    opened = dict[int, CheckpointFile]()
     sizes = {unit.name: unit.size for unit in states.units.values()}
-    if sizes != note["units"] or str(states.master.dtype) != note["dtype"]:
-        saved = ", ".join(f"{unit} {size}" for unit, size in note["units"].items())
-        raise ArgumentError(f"saved were units of {note['dtype']} {saved}: load into the same model")
+    if sizes != told["units"] or str(states.master.dtype) != told["dtype"]:
+        raise ArgumentError(
+            f"saved were units of {list_units(told['units'], told['dtype'])}, this model has "
+            f"{list_units(sizes, str(states.master.dtype))}: load into the model that saved"
+        )
 
     def entry(place: int, key: str) -> Any:
         if place not in opened:
@@ -104,7 +119,7 @@ def read_states(folder: Path, manifest: Manifest, states: ShardedModel) -> tuple
         return opened[place].read(key)
 
     def vector(key: str) -> Vector:
-        parts = [block for unit in states.units.values() for block in read_blocks(unit, note["ranks"], key, entry)]
+        parts = [block for unit in states.units.values() for block in read_blocks(unit, told["ranks"], key, entry)]
         return np.concatenate(parts) if parts else np.empty(0, states.master.dtype)
 
     def leaf(path: str, like: Any) -> Any:
@@ -118,6 +133,11 @@ def read_states(folder: Path, manifest: Manifest, states: ShardedModel) -> tuple
     finally:
         for each in opened.values():
             each.close()
+
+
+def list_units(sizes: dict[str, int], dtype: str) -> str:
+    """The units of a model by name and size."""
+    return f"{dtype} {', '.join(f'{unit} {size}' for unit, size in sizes.items())}"
 
 
 def read_blocks(unit: Unit, ranks: int, key: str, entry: Callable[[int, str], Any]) -> Iterator[Vector]:

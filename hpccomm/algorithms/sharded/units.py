@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.algorithms.agreement import check_same_tensors, rows_of
 from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.fused import InPlaceTransform
 from hpccomm.algorithms.loss_scaling import LossScale
@@ -78,6 +79,14 @@ Units = Mapping[str, Tensors] | Iterable[tuple[str, Tensors]]
 Optimizer = Transform | Callable[[Bucket, NormReduce | None], Transform]
 """An elementwise transform, or a function that makes one from the bucket of this rank's shards and the reduction that
 completes their norms: ``lambda bucket, reduce: lamb(bucket, 0.01, norm_reduce=reduce)``."""
+NORMS = "pass lambda bucket, reduce: {}, which adds the squares of all shards"
+WHOLE_REMEDIES = {
+    "clip": "leave it out, and pass max_norm= beside the optimizer",
+    "scale_by_global_norm": NORMS.format('lamb(bucket, lr, grad_norm="clip", norm_reduce=reduce)'),
+    "scale_by_trust_ratio": NORMS.format("lamb(bucket, lr, norm_reduce=reduce)"),
+    "scale_loss": "leave it out, and pass loss_scale= beside the optimizer",
+}
+"""What to do about transforms that are wrong on shards, by their name in ``Transform.needs_whole``."""
 GRADIENT_BUFFERS = 2
 """Gradients of whole units where reductions overlap: one is written while the other one is on its way."""
 
@@ -310,6 +319,7 @@ class ShardedModel:
         bucket = Bucket(dict(self._shard_sizes()), self.master.dtype, exempt=list(self._exempt_names()))
         norms = self._sum_over_partition if self.ranks > 1 else None
         self.optimizer = optimizer if isinstance(optimizer, Transform) else optimizer(bucket, norms)
+        self._check_optimizer()
         self.state = self.optimizer.init(self.master)
         self.steps, self.hops = 0, Hops()
         self.counts = dict.fromkeys(self.units, 0)
@@ -331,6 +341,20 @@ class ShardedModel:
                         "all ranks"
                     )
 
+    def _check_optimizer(self) -> None:
+        """Raise for an optimizer whose step on shards is another one than on the whole model."""
+        require(
+            all(comm.size == 1 for comm in getattr(self.optimizer, "comms", ())),
+            f"{self.who}: the optimizer exchanges gradients itself, which both hops have averaged: leave the exchange "
+            "out, e.g. chain(momentum(0.9), scale(-0.1))",
+        )
+        part = getattr(self.optimizer, "needs_whole", "")
+        require(
+            self.ranks == 1 or not part,
+            f"{self.who}: {part} in the optimizer needs the whole model, each of {self.ranks} ranks holds a shard: "
+            f"{WHOLE_REMEDIES.get(part, 'leave it out, the gradients have been averaged')}",
+        )
+
     @property
     def _gathers(self) -> bool:
         """Whether a gather communicates."""
@@ -349,17 +373,25 @@ class ShardedModel:
             unit = Unit(name, len(self.units), Bucket(own), self.ranks, self.place, first)
             unit.tied = note_tensors(unit, own, tied, seen)
             unit.back = {each: converter_of(tensor) for each, tensor in tensors.items()}
+            self._check_same_unit(repr(name), unit)
             vector = unit.bucket.flatten(own) if own else parts[-1][:0].copy()
             self.groups.world.Bcast(vector, 0)
             parts.append(vector[unit.lo : unit.hi].copy())
             whole += [vector] if self.stage < 3 and self.ranks > 1 else []
             self.units[name], first = unit, unit.own_slice.stop
+        self._check_same_unit("nothing")
         require(bool(parts), f"{self.who}: a model has one unit or more: pass {{name: tensors}}")
         kinds = {part.dtype for part in parts}
         require(len(kinds) == 1, f"{self.who}: units of {', '.join(map(str, kinds))}: cast them to one dtype")
         places = {type(part) for part in parts}
         require(len(places) == 1, f"{self.who}: some units lie on a device, others on the host: move them to one place")
         return np.concatenate(parts), whole
+
+    def _check_same_unit(self, name: str, unit: Unit | None = None) -> None:
+        """Raise on all ranks unless the next unit of all of them has the same tensors (collective)."""
+        tensors = [] if unit is None else rows_of(unit.bucket)
+        tied = [] if unit is None else [f"{each!r} tied to {u.name}.{its}" for each, (u, its) in unit.tied.items()]
+        check_same_tensors(self.groups.world, f"unit {len(self.units)}", [f"unit {name}", *tensors, *tied])
 
     def _allocate_buffers(
         self,

@@ -55,6 +55,7 @@ from hpccomm.kernels.entry.records import (
     RECEIVED_UNEVEN,
     RECEIVES_AT_ROOT,
     ROW_RECORD,
+    SCALAR_VALUE,
     SCRATCH_BYTES,
     SENDS_AT_ROOT,
     SENT_UNEVEN,
@@ -91,6 +92,8 @@ ARRAY_TYPE = offset_of(ENTRY_RECORD, "array_type")
 LIST_TYPE = offset_of(ENTRY_RECORD, "list_type")
 TUPLE_TYPE = offset_of(ENTRY_RECORD, "tuple_type")
 INT_TYPE = offset_of(ENTRY_RECORD, "int_type")
+INT64_TYPE = offset_of(ENTRY_RECORD, "int64_type")
+INT32_TYPE = offset_of(ENTRY_RECORD, "int32_type")
 NONE = offset_of(ENTRY_RECORD, "none")
 IN_PLACE = offset_of(ENTRY_RECORD, "in_place")
 ANSWERS = offset_of(ENTRY_RECORD, "answers")
@@ -331,11 +334,12 @@ def end_event(entry):
 
 def read_call(entry, door, arguments):
     """Read and check the buffers, and write the key of the call; NOT_MINE for what the Python path must see."""
+    store(entry + ROOT, find_root(entry, door, load(arguments + 3 * W)))
     mine = names_permanent_objects(entry, door, arguments) and choose_buffers(entry, door, arguments)
     if mine and load(door + UNEVEN) != 0:
         mine = read_uneven(entry, door, arguments)
     elif mine:
-        mine = read_receiver(entry, door, load(arguments + W), load(arguments + 3 * W))
+        mine = read_receiver(entry, door, load(arguments + W))
         mine = mine and read_sender(entry, door, load(arguments))
     nbytes = load(entry + NBYTES)
     if not mine or (nbytes == 0 and load(entry + SENDS) + load(entry + RECEIVES) != 0):
@@ -343,9 +347,20 @@ def read_call(entry, door, arguments):
     kind = load(door + COLLECTIVE) | load(entry + WITHIN) << IN_PLACE_BIT
     store(entry + KIND, kind | size_class(nbytes) << CLASS_BITS | load(entry + CALL_TOKEN) << TOKEN_BITS)
     store(entry + OP, load(arguments + 2 * W))
-    store(entry + ROOT, load(entry + NONE) if load(door + UNEVEN) & COUNTS_GIVEN else load(arguments + 3 * W))
     store(entry + ALGORITHM, load(arguments + 4 * W))
     return DONE
+
+
+def find_root(entry, door, root):
+    """The root as one of Python's own integers, also of an integer of NumPy; None for a call without a root."""
+    kind, value = load(root + OBJECT_TYPE), -1
+    if load(door + UNEVEN) & COUNTS_GIVEN:
+        return load(entry + NONE)
+    if kind == load(entry + INT64_TYPE):
+        value = load(root + SCALAR_VALUE)
+    elif kind == load(entry + INT32_TYPE):
+        value = (load(root + SCALAR_VALUE) << 32) >> 32
+    return load(load(entry + ANSWERS) + W * value) if 0 <= value < load(entry + SIZE) else root
 
 
 def names_permanent_objects(entry, door, arguments):
@@ -353,8 +368,7 @@ def names_permanent_objects(entry, door, arguments):
 
     Of a root only the type is checked: Python never frees the integers that are ranks (``MAX_RANKS``).
     """
-    none = load(entry + NONE)
-    root = none if load(door + UNEVEN) & COUNTS_GIVEN else load(arguments + 3 * W)
+    none, root = load(entry + NONE), load(entry + ROOT)
     return (
         load(arguments + 5 * W) == none
         and is_permanent(entry, load(arguments + 2 * W))
@@ -366,7 +380,7 @@ def names_permanent_objects(entry, door, arguments):
 def choose_buffers(entry, door, arguments):
     """Write how many blocks are sent and received, 0 for a buffer that is not read; false for what is not taken."""
     sendbuf, sends, receives = load(arguments), load(door + SEND_BLOCKS), load(door + RECV_BLOCKS)
-    if load(arguments + 3 * W) != load(entry + RANK_OBJECT):
+    if load(entry + ROOT) != load(entry + RANK_OBJECT):
         receives = 0 if load(door + ROOTED) == RECEIVES_AT_ROOT else receives
         sends = 0 if load(door + ROOTED) == SENDS_AT_ROOT else sends
     within = sends != 0 and (
@@ -388,7 +402,7 @@ def choose_buffers(entry, door, arguments):
     return receives != 0 or not within
 
 
-def read_receiver(entry, door, recvbuf, root):
+def read_receiver(entry, door, recvbuf):
     """Read the receive buffer; false if it must be left to the Python path."""
     blocks = load(entry + RECEIVES)
     if blocks == 0:
@@ -401,7 +415,7 @@ def read_receiver(entry, door, recvbuf, root):
     store(entry + SEND, address + nbytes * load(entry + RANK) * load(entry + WITHIN) * load(door + OWN_BLOCK))
     store(entry + NBYTES, nbytes)
     store(entry + CALL_TOKEN, load(entry + TOKEN))
-    read_only = load(door + ROOTED) == IS_SENT_AT_ROOT and root == load(entry + RANK_OBJECT)
+    read_only = load(door + ROOTED) == IS_SENT_AT_ROOT and load(entry + ROOT) == load(entry + RANK_OBJECT)
     return nbytes * blocks == octets and (read_only or load(entry + WRITABLE) != 0)
 
 
@@ -805,12 +819,24 @@ def start_native(entry, row):
     if number & load(entry + COMPARES) == 0:
         return LATE
     if load(row + SYNCHRONISES) == 0:
-        return compare_entries(entry)
+        return LATE if is_out_of_reach(entry, row, number) else compare_entries(entry)
     if load(entry + MEETING) == 0:
         return LATE
     store(load(entry + MEETING) + CALL_FINGERPRINT, fingerprint)
     code = run(entry, load(entry + MEETING), load(entry + MEET), 0)
     return compare_entries(entry) if code == DONE else BEFORE_NATIVE + code
+
+
+def is_out_of_reach(entry, row, number):
+    """Whether a rank is so far behind that this one would overwrite what it has to compare."""
+    reach = (CALLS if load(row + ROW_UNEVEN) == 0 else AMOUNT_CALLS) >> 1
+    if number & (reach - 1) != 0:
+        return False
+    for k in range(load(entry + MEMBERS)):
+        status = load_acquire(load(entry + ENTRIES) + load(entry + ROW_STRIDE) * k + W * STATUS)
+        if abs(status) + reach < number:
+            return True
+    return False
 
 
 def call_mpi(entry, row):
@@ -859,7 +885,7 @@ def leave_table(entry):
     status = own_row(entry) + W * STATUS
     if compare_entries(entry) == DIFFER:
         return DIFFER
-    store(status, -load(status))
+    store(status, -abs(load(status)))  # a call inside this one has left as well
     return DONE
 
 

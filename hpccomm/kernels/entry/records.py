@@ -19,7 +19,7 @@ ENTRY_RECORD = record(
     [
         *words("rows", "mask"),  # the table of rows; its length is mask + 1
         *words("types", "types_mask"),  # the table of TYPE_RECORDs
-        *words("array_type", "list_type", "tuple_type", "int_type"),  # addresses of Python's types
+        *words("array_type", "list_type", "tuple_type", "int_type", "int64_type", "int32_type"),  # addresses of types
         *words("none", "in_place", "answers", "counts_references"),  # answers: addresses of the small integers
         *words("as_integer", "save_thread", "restore_thread"),  # functions of CPython
         *words("item_size", "rank", "rank_object", "size"),  # item_size: its offset in a dtype object
@@ -113,6 +113,7 @@ TOKEN_BITS, CLASS_BITS, IN_PLACE_BIT = 24, 16, 8
 # CPython and NumPy on 64-bit machines
 
 OBJECT_TYPE, SEQUENCE_LENGTH, LIST_ITEMS, TUPLE_ITEMS = 8, 16, 24, 24
+SCALAR_VALUE = 16
 ARRAY_DATA, ARRAY_DIMENSIONS, ARRAY_SHAPE, ARRAY_DTYPE, ARRAY_FLAGS = 16, 24, 32, 56, 64
 DTYPE_KIND = 24
 C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x100, 0x400

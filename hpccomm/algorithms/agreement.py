@@ -1,0 +1,46 @@
+"""Values that must be the same on all ranks, compared by a digest of 8 bytes from each rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+
+from hpccomm.buckets import Bucket
+from hpccomm.calls.fingerprint import format_ranks
+from hpccomm.errors import MismatchError
+
+REMEDY = "pass the same names, shapes and dtypes in the same order on all ranks, e.g. dict(sorted(tensors.items()))"
+
+
+def find_odd_ranks(comm: Any, content: Any) -> list[int]:
+    """The ranks whose bytes differ from those of rank 0 (collective)."""
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    digests = np.empty((comm.size, 8), np.uint8)
+    comm.Allgather(np.frombuffer(digest, np.uint8), digests)
+    odd: list[int] = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
+    return odd
+
+
+def check_same_tensors(comm: Any, who: str, rows: Sequence[str], remedy: str = REMEDY) -> None:
+    """Raise on all ranks unless they hold the same tensors, one row of text each, in the same order (collective)."""
+    if comm.size == 1:
+        return
+    odd = find_odd_ranks(comm, "\n".join(rows).encode())
+    if not odd:
+        return
+    lists = comm.allgather(list(rows))
+    pairs = zip_longest(lists[0], lists[odd[0]], fillvalue="nothing")
+    at, (first, other) = next((at, pair) for at, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+    raise MismatchError(
+        f"rank {comm.rank}: {who}: the tensors of {format_ranks(odd)} differ from those of rank 0: number {at} is "
+        f"{other} on rank {odd[0]}, {first} on rank 0: {remedy}"
+    )
+
+
+def rows_of(bucket: Bucket) -> list[str]:
+    """The tensors of a bucket as rows for :func:`check_same_tensors`."""
+    return [f"{entry.name!r} {bucket.dtype}{list(entry.shape)}" for entry in bucket.table]
