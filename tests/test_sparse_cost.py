@@ -69,7 +69,7 @@ def test_predict_prints_compressed_exchanges(capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_impossible_densities_are_refused(words: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words.split()) == 1
+    assert main(words.split()) == 2
     assert remedy in capsys.readouterr().err
 
 

@@ -89,7 +89,7 @@ def test_predict_knows_the_codes(capsys: pytest.CaptureFixture[str]) -> None:
         times.append(float(said.splitlines()[-1].split()[11]))
         assert ("# ZeRO++: parameters in int8, gradients in int4, one gather" in said) == bool(flags)
     assert times[1] < times[0]
-    assert main(["predict", "allreduce", "--weight-code", "int8", "--secondary-shard"]) == 1
+    assert main(["predict", "allreduce", "--weight-code", "int8", "--secondary-shard"]) == 2
     assert "--weight-code, --secondary-shard with allreduce: these are for mics and zero3" in capsys.readouterr().err
 
 
@@ -193,5 +193,5 @@ def test_the_command_prices_steps(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes_are_named(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["predict", "mics", *words]) == 1
+    assert main(["predict", "mics", *words]) == 2
     assert why in capsys.readouterr().err
