@@ -323,17 +323,16 @@ class Communicator(MPI.Intracomm):
         with self.context.call(name, *buffers) as recorded:
             self._prepare(name)
             kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
-            padded = [pad_last(each) for each in buffers]
-            if any(padded):
-                return run_padded(partial(self._repeat, name), buffers, padded, rest)
             marks = tuple(operations.key_of(each) if isinstance(each, MPI.Op) else each for each in rest)
             read = kind if kind and (kind.layout or not SIGNATURES[name].varies) else None  # else without its blocks
             key = read or (None if None in rest[:-1] else call_key(name, *buffers, *marks))
-            held = hold(sendbuf), hold(recvbuf)
-            if key is None and not (held[0] is sendbuf and held[1] is recvbuf):
-                return self._repeat(name, *held, *rest)
-            bound = self.plans.plans.get(key) if key is not None else None
+            bound = self._find_plan(key)
             if bound is None:
+                padded, held = [pad_last(each) for each in buffers], (hold(sendbuf), hold(recvbuf))
+                if any(padded):
+                    return run_padded(partial(self._repeat, name), buffers, padded, rest)
+                if key is None and not (held[0] is sendbuf and held[1] is recvbuf):
+                    return self._repeat(name, *held, *rest)
                 root = dict(zip(SIGNATURES[name].arguments, rest, strict=False)).get("root")
                 _, into = self._planner.reader.significant(name, sendbuf, recvbuf, root)
                 again = partial(self._repeat, name)

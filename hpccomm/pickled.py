@@ -88,13 +88,10 @@ def compare_objects(name: str) -> Any:
 
     def compare(self: Any, code: int, op: Any, root: Any, args: Any, named: Any) -> Any:
         context, planner, results = self.context, self._planner, list[Any]()
-        table = context.consistency
-        if table is None:
-            return native(self, *args, **named)
-        kind = self._read_kind(code)
+        table, kind = context.consistency, self._read_kind(code)
         if "root" in form.arguments:
             root = planner.reader.check_root(root, f"rank {self.rank}: {name}")
-        if context.stage or (table.calls >= SET_UP_CALLS and context.has_all_tables):
+        if context.stage or (table and table.calls >= SET_UP_CALLS and context.has_all_tables):
             self._prepare(name)
         fingerprint, meets = describe_objects(name, form, op, root), form.synchronises or planner.in_lockstep
         planner.guard(fingerprint, lambda: results.append(run(self, root, args, named)), meets)()
