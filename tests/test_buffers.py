@@ -182,6 +182,14 @@ class BfloatTensor:
         return self.words.__dlpack_device__()
 
 
+def test_displacements_in_a_range_are_those_in_a_list() -> None:
+    x = np.ones(8)
+    keys = [call_key("Alltoallv", [x, [1, 1], each, MPI.DOUBLE], x) for each in ([0, 2], range(0, 4, 2), [0, 3])]
+    assert keys[0] is not None
+    assert keys[0] == keys[1] != keys[2]
+
+
+
 def test_a_tensor_that_numpy_cannot_read_is_recognised() -> None:
     words = np.zeros(4, "u2")
     tensor, same, other = BfloatTensor(words), BfloatTensor(words), BfloatTensor(np.zeros(4, "u2"))

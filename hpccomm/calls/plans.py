@@ -125,4 +125,4 @@ def member_key(member: Any) -> Hashable:
 
 
 FORMS = (list, tuple)
-SEQUENCES = (*FORMS, np.ndarray)
+SEQUENCES = (*FORMS, np.ndarray, range)
