@@ -189,7 +189,6 @@ def test_displacements_in_a_range_are_those_in_a_list() -> None:
     assert keys[0] == keys[1] != keys[2]
 
 
-
 def test_a_tensor_that_numpy_cannot_read_is_recognised() -> None:
     words = np.zeros(4, "u2")
     tensor, same, other = BfloatTensor(words), BfloatTensor(words), BfloatTensor(np.zeros(4, "u2"))

@@ -395,3 +395,32 @@ def test_the_error_groups_ranks_by_call() -> None:
         "ranks 0, 1 called Allreduce(sum, 8 float32), rank 2 called Allreduce(sum, 8 int32), "
         "rank 3 called something else: cast before the call (noticed by rank 0)"
     )
+
+
+def test_one_rank_of_those_with_the_same_error_reports_it(node: MakeTables, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of ranks that come at the same time; sentences differ by the rank that says them, and by nothing else."""
+    tables, told = node(3), {}
+    start = threading.Barrier(3)
+
+    def report(k: int, sentence: str) -> None:
+        start.wait()
+        if not told.setdefault((k, sentence), tables[k].claim_report(MARKS[sentence])):
+            return
+        time.sleep(consistency.CLAIM_SECONDS)
+        told[k, sentence] = tables[k].keeps_claim(MARKS[sentence])
+
+    for sentence in MARKS:
+        threads = [threading.Thread(target=report, args=(k, sentence)) for k in range(3)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        assert [told[k, sentence] for k in range(3)].count(True) == 1
+    monkeypatch.setattr(consistency, "_tables", tables[:1])
+    monkeypatch.setattr(consistency, "_reported", set())
+    assert consistency.claim_report("rank 0: Bcast: the root 7 is not a rank")
+    assert not consistency.claim_report("rank 2: Bcast: the root 7 is not a rank")
+    assert consistency.claim_report("rank 2: Bcast: the root 8 is not a rank")
+
+
+MARKS = {"one": 3, "two": 5}

@@ -439,7 +439,7 @@ def test_a_mistake_of_all_ranks_prints_its_sentence_once_and_a_line_for_each_ran
     assert status != 0
     assert ours[0].startswith("[hpccomm] "), said
     assert said.count(sentence) == 1, said
-    assert sentence in ours[0]
+    assert any(sentence in line for line in ours)
     assert "Traceback" not in said
     assert len(ours) <= 2 * 3
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import re
 import threading
 import time
 import weakref
-import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -546,11 +546,16 @@ class ConsistencyTable:
         end = 8 * (self.members.index(rank) + 1) * self._stride
         return bytes(self._octets[end - REASON_BYTES : end]).rstrip(b" \0").decode(errors="replace")
 
-    def claim_report(self, bit: int) -> bool:
-        """Whether no rank of this node has reported an error with this bit yet; from now on one has."""
-        reported = self._words[REPORTED]
-        self._words[REPORTED] = reported | bit
-        return not reported & bit
+    def claim_report(self, mark: int) -> bool:
+        """Say that this rank will report the error with this mark; False if another one has said so before."""
+        if any(self._words[peer + REPORTED] == mark for peer in self._peers):
+            return False
+        self._words[self._base + REPORTED] = mark
+        return True
+
+    def keeps_claim(self, mark: int) -> bool:
+        """Whether no rank before this one has said at the same time that it will report the error."""
+        return not any(self._words[peer + REPORTED] == mark for peer in self._peers if peer < self._base)
 
     def watch_request(self, number: int, waits: bool) -> None:
         """Compare call ``number``, which MPI makes without blocking, unless this rank has made another one since.
@@ -710,16 +715,31 @@ _departure = Departure(_tables)
 os.register_at_fork(after_in_child=_tables.clear)
 
 
+CLAIM_SECONDS = 0.01
+"""How long a rank that will report an error waits for others that say so at the same time."""
 _reported = set[int]()
 """The errors that this process has reported."""
 
 
 def claim_report(sentence: str) -> bool:
-    """Whether no rank of this node has reported this error yet; sentences that differ by numbers only are one error."""
-    bit = 1 << zlib.crc32(re.sub(r"\d+", "", sentence).encode()) % 62
-    first = bit not in _reported
-    _reported.add(bit)
-    for table in list(_tables):
-        with contextlib.suppress(ValueError):  # it is closed
-            first = table.claim_report(bit) and first
-    return first
+    """Whether this rank is the one of its node that reports an error.
+
+    The ranks have the same sentence but for the number of the rank that says it.
+    """
+    plain = re.sub(r"^rank \d+: |\(noticed by rank \d+\)", "", sentence)
+    mark = int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True) >> 1 | 1
+    if mark in _reported:
+        return False
+    _reported.add(mark)
+
+    def ask(question: Callable[[ConsistencyTable, int], bool]) -> bool:
+        answers = [True]
+        for table in list(_tables):
+            with contextlib.suppress(ValueError):  # it is closed
+                answers.append(question(table, mark))
+        return all(answers)
+
+    if not ask(ConsistencyTable.claim_report):
+        return False
+    time.sleep(CLAIM_SECONDS)
+    return ask(ConsistencyTable.keeps_claim)

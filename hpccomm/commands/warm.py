@@ -82,7 +82,7 @@ def prepare_alone(names: list[str], folder: Path | None) -> None:
 
 
 def compile_in_processes(names: list[str], *, quiet: bool = False) -> None:
-    """Compile in one process a core, the longest first; where something is missing, the loops before."""
+    """Compile the loops of gradient compression and then the functions, the longest first, in one process a core."""
     processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES, len(names))
     if not processes:
         return

@@ -24,6 +24,8 @@ EAGER_SECONDS = 1e-4
 LEFT_SECONDS = 1.0
 """How long a message of a rank that has left the program may still take."""
 REMEDY = "make shape and dtype the same on both ranks"
+_abandoned: list[Message] = []
+"""Messages that nobody waits for any more: MPI may still write to their memory."""
 
 
 class Message(dist.Work):
@@ -86,8 +88,10 @@ class Message(dist.Work):
         while not self.is_completed():
             pause(began, EAGER_SECONDS, 8)
             if 0 < seconds < time.monotonic() - began:
+                _abandoned.append(self)
                 raise MismatchError(f"{self._who} timed out after {seconds:g} s: the other rank has not made its call")
             if time.monotonic() - began > LEFT_SECONDS and self._has_left() and not self.is_completed():
+                _abandoned.append(self)
                 raise MismatchError(f"{self._who}: the other rank has left the program without its call: make both")
         if self._error is not None:
             raise self._error
