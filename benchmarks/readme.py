@@ -67,7 +67,8 @@ def rewrite(text: str) -> str:
     """A page with the figures of the measurements."""
     calls, programs = ranges()
     text = re.sub(r"(an allreduce is )[\d.]+ to [\d.]+( times)", rf"\g<1>{calls}\g<2>", text)
-    text = re.sub(r"(whole\s+programs\s+on\s+two\s+ranks\s+)\w+ [\d.]+ to [\d.]+( times\s+as\s+fast)", rf"\g<1>are {programs}\g<2>", text)
+    before, after = r"(whole\s+programs\s+on\s+two\s+ranks\s+)", r"( times\s+as\s+fast)"
+    text = re.sub(rf"{before}\w+ [\d.]+ to [\d.]+{after}", rf"\g<1>are {programs}\g<2>", text)
     return re.sub(r"(^\|---:\|(?:---:\|)+\n)(?:\| \d+, [\d,]+ \|.*\n)+", rf"\g<1>{table()}", text, flags=re.MULTILINE)
 
 

@@ -7,7 +7,7 @@ objects as their pickles.  Types and shapes may differ between the ranks.
 
 Results are those of mpi4py: an allreduce applies the operation to the objects themselves, in mpi4py's order, so
 integers keep all digits and results their types.  Only sums and products of long arrays of floating point are rounded
-in the order of ``Allreduce``.  ``reduce`` and ``gather`` stay mpi4py's: only their root waits for the others.
+in the order of ``Allreduce``.  ``reduce`` and ``gather`` stay mpi4py's: only their root receives the objects.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpi4py import MPI
 
 from hpccomm.calls import operations
 from hpccomm.calls.blocks import OBJECT_SIGNATURES, Signature
-from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.calls.fingerprint import Fingerprint, format_ranks
 from hpccomm.calls.plans import NativeCall
 from hpccomm.errors import HpccommError, MismatchError
 from hpccomm.kernels.entry.records import MISS
@@ -34,8 +34,8 @@ HEADER, RECORD = 8, 256
 """Bytes of a record: length and code of the call, 32 bits each, and all of it."""
 ROOM = RECORD - HEADER
 READ_HEADER, WRITE_HEADER = struct.Struct("=ii").unpack_from, struct.Struct("=ii").pack_into
-REST = -1
-"""The length in the record of an object that follows in a second call."""
+REST, FAILED = -1, -2
+"""The length in the record of an object that follows in a second call, and of one that cannot be pickled."""
 OURS_BYTES = 1 << 16
 """From this size on a second call is ours; a shorter one, on new memory, is faster as MPI's."""
 GATHER_RANKS = 8
@@ -152,12 +152,17 @@ class ObjectCalls:
 
     def bcast(self, obj: Any, root: int = 0) -> Any:
         """mpi4py's ``bcast``; only the root's record travels."""
-        rest = self.write(obj, 0) if self.rank == root else None
+        rest, failure = self.write(obj, 0) if self.rank == root else (None, None)
         self.comm.Bcast(self.mine, root)
-        length, _ = READ_HEADER(self._out)
+        if failure:
+            raise failure
+        record = bytes(self._out)  # to read an object may make calls
+        length, _ = READ_HEADER(record)
+        if length == FAILED:
+            self.raise_failure("bcast", [root])
         if length != REST:
-            return LOADS(self._out[HEADER : HEADER + length])
-        char, shape = pickle.loads(self._out[HEADER:])
+            return LOADS(record[HEADER : HEADER + length])
+        char, shape = pickle.loads(record[HEADER:])
         block = np.empty(shape, char or "u1") if rest is None else rest
         (self.comm.Bcast if block.nbytes >= OURS_BYTES else partial(MPI.Intracomm.Bcast, self.comm))(block, root)
         if char:
@@ -166,8 +171,8 @@ class ObjectCalls:
 
     def read_all(self, lengths: tuple[int, ...], rest: Any) -> list[Any]:
         """The objects of all ranks; ``rest`` is what this rank's record lacks."""
+        rows = bytes(self._rows)  # to read an object may make calls
         if REST not in lengths:
-            rows = bytes(self._rows)  # to read an object may make calls
             return [LOADS(rows[start : start + length]) for start, length in zip(self._starts, lengths, strict=True)]
         forms = [self.describe(k) if length == REST else ("", (0,)) for k, length in enumerate(lengths)]
         counts = [-(-count_bytes(form) // 64) * 64 for form in forms]  # every array is aligned
@@ -178,8 +183,8 @@ class ObjectCalls:
         (self.comm.Allgatherv if block.nbytes >= OURS_BYTES else native)(own, [block, counts])
         places = pairwise(accumulate(counts, initial=0))
         return [
-            self.read(k, length) if length != REST else restore(block[lo:hi], form)
-            for k, (length, form, (lo, hi)) in enumerate(zip(lengths, forms, places, strict=True))
+            LOADS(rows[start : start + length]) if length != REST else restore(block[lo:hi], form)
+            for start, length, form, (lo, hi) in zip(self._starts, lengths, forms, places, strict=True)
         ]
 
     # Records
@@ -189,32 +194,38 @@ class ObjectCalls:
         code = self._codes.get(call)
         if code is None:
             code = self._codes[call] = zlib.crc32(call.encode()) & 0x7FFFFFFF
-        rest = self.write(obj, code)
+        rest, failure = self.write(obj, code)
         self.comm.Allgather(self.mine, self.everyone)
+        if failure:
+            raise failure
         headers = self._read_headers(self._rows)
         codes = headers[1::2]
         if codes.count(code) != self.size:
             self.raise_mismatch(call, codes, code)
+        if FAILED in headers[::2]:
+            self.raise_failure(call, [k for k, length in enumerate(headers[::2]) if length == FAILED])
         return headers[::2], rest
 
-    def write(self, obj: Any, code: int) -> Any:
-        """Write an object, or its form, into this rank's record; returns what follows, if anything does."""
+    def write(self, obj: Any, code: int) -> tuple[Any, Exception | None]:
+        """Write an object, or its form, into this rank's record; what follows, if anything does, and why it failed.
+
+        An object that cannot be pickled is told to the other ranks, which would wait for it.
+        """
         rest = None
         if type(obj) is np.ndarray and is_long(obj):
             rest, octets = obj, pickle.dumps((obj.dtype.char, obj.shape))
         else:
-            octets = DUMPS(obj)
+            try:
+                octets = DUMPS(obj)
+            except Exception as failure:
+                WRITE_HEADER(self._out, 0, FAILED, code)
+                return None, failure
             if len(octets) > ROOM:
                 rest = np.frombuffer(octets, np.uint8)
                 octets = pickle.dumps(("", rest.shape))
         WRITE_HEADER(self._out, 0, len(octets) if rest is None else REST, code)
         self._out[HEADER : HEADER + len(octets)] = octets
-        return rest
-
-    def read(self, k: int, length: int) -> Any:
-        """The object in rank k's record."""
-        start = k * RECORD + HEADER
-        return LOADS(self._rows[start : start + length])
+        return rest, None
 
     def describe(self, k: int) -> Form:
         """The form of rank k's array."""
@@ -228,6 +239,11 @@ class ObjectCalls:
         if not first[0] or op not in ELEMENTWISE or any(each != first for each in others):
             return None
         return first if np.dtype(first[0]).kind in operations.PREDEFINED[op.handle].kinds else None
+
+    def raise_failure(self, call: str, ranks: list[int]) -> None:
+        """Raise because ranks could not pickle their objects."""
+        who = f"rank {self.rank}: {call}: {format_ranks(ranks)}"
+        raise MismatchError(f"{who} passed an object that cannot be pickled: pass one that can")
 
     def raise_mismatch(self, call: str, codes: tuple[int, ...], code: int) -> None:
         """Raise the error of ranks that call something else."""

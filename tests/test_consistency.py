@@ -369,7 +369,10 @@ def test_no_rank_leaves_the_reach_of_another_one(node: MakeTables, amounts: Amou
 
     thread = threading.Thread(target=run_ahead)
     thread.start()
-    time.sleep(0.2)
+    until = time.monotonic() + 10
+    while len(made) < reach - 1 and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.1)
     assert len(made) == reach - 1
     follow(reach - 2)
     with pytest.raises(MismatchError, match="rank 1 called Bcast"), behind.entered:
@@ -424,3 +427,37 @@ def test_one_rank_of_those_with_the_same_error_reports_it(node: MakeTables, monk
 
 
 MARKS = {"one": 3, "two": 5}
+
+
+def test_a_call_inside_a_call_of_objects_is_no_other_call(node: MakeTables) -> None:
+    """All ranks are in the outer one, and a late rank has not come to the inner one, which has no entry here."""
+    here, there = node(2)
+    for table in (here, there):
+        table.enter(table.announce(Fingerprint("alltoall")))
+    here.announce(SUM)
+    here.check_stall(SUM.word, 5.0, lambda: [1])
+    there.leave()
+    here.check_stall(SUM.word, 5.0, lambda: [1])
+    there.enter(there.announce(SUM._replace(collective="Gather")))
+    with pytest.raises(MismatchError, match=r"rank 0 called Allreduce.sum, 8 float32., rank 1 called Gather"):
+        here.check_stall(SUM.word, 5.0, lambda: [1])
+
+
+def test_ranks_that_fail_in_the_same_calls_at_their_own_pace_are_in_step(node: MakeTables) -> None:
+    """One of them may have failed in the next call before the other one looks."""
+    here, there = node(2)
+
+    def fail(table: ConsistencyTable) -> None:
+        table.enter(table.announce(Fingerprint("gather", root="0")))
+        table.abandon()
+        table.doubt(True)
+
+    for _ in range(4):
+        fail(here)
+        fail(there)
+        there.settle()
+        fail(there)
+        here.settle()
+        fail(here)
+        there.settle()
+        here.settle()

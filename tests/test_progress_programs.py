@@ -93,7 +93,7 @@ say("ok")
 """,
     )
     assert done.returncode == 0, done.stderr
-    assert "rank 0: Ibarrier(): this process was forked while the call was under way" in done.stdout
+    assert "rank 0: Ibarrier: this process was forked while the call was under way" in done.stdout
     assert done.stdout.count("ok") == 2
 
 

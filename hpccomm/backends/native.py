@@ -12,13 +12,14 @@ from hpccomm.calls.blocks import NONE, ONE, PARTS
 from hpccomm.calls.buffers import Buffer, apply_displacement
 from hpccomm.calls.call import Call
 from hpccomm.calls.plans import NativeCall, Plan
+from hpccomm.kernels.entry.records import INT_MAX
 from hpccomm.transports.mpi import as_word, function_address
 
 IN_PLACE = MPI.IN_PLACE
 EXTREMES = ("min", "max", "minloc", "maxloc")
 
-INT_MAX, LARGE_COUNTS = (1 << 31) - 1, 4
-"""Most elements that MPI before version 4 can count, and the first version without that limit."""
+LARGE_COUNTS = 4
+"""The first version of MPI that can count more than ``INT_MAX`` elements."""
 
 
 IN_PLACE_WORD = int(MPI.IN_PLACE)

@@ -729,10 +729,10 @@ MAX_ALLOCATIONS = 64
 SIZE_CLASSES = 40
 """Size classes, powers of two, that the autotuner keeps apart."""
 AUTOTUNE_BYTES = 2048
+"""From here on the autotuner chooses how calls fill slots and buffers; below, stores are ordinary."""
 POWERS = tuple(1 << k for k in range(63))
 CLASS_STARTS = (0, AUTOTUNE_BYTES, *POWERS, *(each + 1 for each in POWERS))
 """Where the size classes of all collectives begin."""
-"""From here on the autotuner chooses how calls fill slots and buffers; below, stores are ordinary."""
 PERIODS = (4096, 256)
 """Calls between the first trials of how slots are filled: of short calls, and of long ones."""
 LONGEST_PERIODS = 16

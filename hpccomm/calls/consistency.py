@@ -27,6 +27,7 @@ from hpccomm.calls.departures import Departure
 from hpccomm.calls.fingerprint import (
     REMEDIES,
     TEXT_BYTES,
+    UNKNOWN,
     Fingerprint,
     decode,
     first_difference,
@@ -49,15 +50,12 @@ from hpccomm.observe.processes import find_process
 from hpccomm.transports.polling import LONGEST_SECONDS, pause
 
 TEXTS = 64
-LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS, REFUSED, FAILED = (STATUS + k for k in range(1, 8))
+LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS, REFUSED, FAILED, FAILED_BEFORE = (STATUS + k for k in range(1, 9))
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
 OUT_OF_STEP, WANTED, FIRST_ISSUE = ISSUED + 1, ISSUED + 2, ISSUED + 3
 FIRST_AMOUNTS = FIRST_ISSUE + 2 * CALLS
-
-ENTRY_MASK = (1 << DIGEST_BITS) - 1
-"""The digest in an entry; the number of the call is above it."""
 
 TEXT_SECONDS = 5.0
 """How long a rank that compares waits for the text of another rank's call, whose watchdog writes it as soon as the
@@ -156,9 +154,12 @@ class ConsistencyTable:
 
     def abandon(self) -> None:
         """Leave a call that has failed."""
-        self._raised.append(self._seq)
-        self._words[self._base + FAILED] = self._seq
-        self._words[self._base + STATUS] = -self._seq
+        words, seq = self._words, self._seq
+        self._raised.append(seq)
+        if words[self._base + FAILED] != seq:
+            words[self._base + FAILED_BEFORE] = words[self._base + FAILED]
+            words[self._base + FAILED] = seq
+        words[self._base + STATUS] = -seq
 
     @property
     def place(self) -> dict[str, int]:
@@ -170,8 +171,9 @@ class ConsistencyTable:
     def announce(self, fingerprint: Fingerprint) -> int:
         """Write the fingerprint of a future call; returns its word for :meth:`enter`."""
         digest = fingerprint.digest
-        if fingerprint.number:
-            self.announce(fingerprint.template)
+        if fingerprint.count not in ("", "0", UNKNOWN):
+            if fingerprint.number:
+                self.announce(fingerprint.template)
             self._counted[digest] = fingerprint
             if len(self._counted) > COUNTED:
                 self._counted.popitem(last=False)
@@ -208,8 +210,8 @@ class ConsistencyTable:
 
     def stay_in_reach(self, amounts: Amounts | None = None) -> None:
         """Wait for members that are so far behind that this rank would overwrite what they have to compare."""
-        seq, reach = self._seq, (AMOUNT_CALLS if amounts else CALLS) // 2
-        if seq % reach == 0 and any(abs(self._words[peer + STATUS]) < seq - reach for peer in self._peers):
+        seq, reach = self._seq, AMOUNT_CALLS - 1 if amounts else CALLS // 2
+        if (amounts or seq % reach == 0) and any(abs(self._words[peer + STATUS]) < seq - reach for peer in self._peers):
             self.wait()
 
     def begin(self, word: int, amounts: Amounts | None = None) -> None:
@@ -237,8 +239,9 @@ class ConsistencyTable:
     def settle(self) -> None:
         """Raise if the ranks are out of step after a call that :meth:`doubt` has noted; wait until they have left it.
 
-        They are in step if all have failed in it, as by an object that cannot be pickled.  Also if this rank has failed
-        after all messages of a call that no other rank can complete without them.
+        They are in step if all have failed in it, as by an object that cannot be pickled; of ranks of other nodes this
+        one does not know that.  Also if this rank has failed after all messages of a call that no other rank can
+        complete without them.
         """
         if self._doubt is None:
             return
@@ -251,8 +254,9 @@ class ConsistencyTable:
                     raise MismatchError(self.explain_departure(rank, self.find_call(self._base, seq)))
                 if self._words[peer + STATUS] == seq and time.monotonic() - began > LEAVE_SECONDS:
                     break
-        rows = {peer: self.count_left(peer) >= seq for peer in self._peers}
-        if not all(rows.values()) or (one_way and any(self._words[peer + FAILED] != seq for peer in rows)):
+        left = all(self.count_left(peer) >= seq for peer in self._peers)
+        failed = [{self._words[peer + FAILED], self._words[peer + FAILED_BEFORE]} for peer in self._peers]
+        if not left or (one_way and (self.between or not all(seq in each for each in failed))):
             raise TransportError(
                 f"rank {self._me}: an exception has ended the last call before it was complete, so this communicator "
                 "is out of step: free it and make a new one"
@@ -350,7 +354,7 @@ class ConsistencyTable:
 
     def compare(self, mine: int, theirs: int, peer: int) -> None:
         """Compare the fingerprints of two different entries of this call; raise if they contradict each other."""
-        digest, other = mine & ENTRY_MASK, theirs & ENTRY_MASK
+        digest, other = mine & DIGEST_MASK, theirs & DIGEST_MASK
         if (digest, other) in self._compatible:
             return
         a, b = self.find_call(self._base), self.find_call(peer)
@@ -365,7 +369,7 @@ class ConsistencyTable:
         entry, count = self._words[row + seq % CALLS], self._words[row + COUNTS + seq % CALLS]
         if entry >> DIGEST_BITS != seq:
             return None
-        return self.find_text(row, entry & ENTRY_MASK, count)
+        return self.find_text(row, entry & DIGEST_MASK, count)
 
     def find_text(self, row: int, digest: int, count: int) -> Fingerprint | None:
         """A rank's fingerprint for a digest, which may be that of a template and a count.
@@ -497,7 +501,7 @@ class ConsistencyTable:
             if gave_up and gave_up >> DIGEST_BITS == seq - 1:
                 calls = {
                     self._me: self.find_call(self._base),
-                    rank: self.read_fingerprint(peer, gave_up & ENTRY_MASK),
+                    rank: self.read_fingerprint(peer, gave_up & DIGEST_MASK),
                 }
                 return mismatch_message(calls, self._me)
             if self._words[peer + LEFT] and self.count_completed(peer) < seq:
@@ -510,12 +514,14 @@ class ConsistencyTable:
         ``word`` is that of the call's fingerprint.  A member that is found elsewhere may have entered and left this
         call since it was missing, so ``find_missing`` is asked again.  One that has entered the same call in the table
         is on its way to the barrier there, which takes long on a busy machine.  One that has already left a call in the
-        table that this rank has not made is out of step.
+        table that this rank has not made is out of step.  The call may be made inside one of the table, by its object.
         """
         positions = find_missing()
-        words, number = self._words, self.active_seq or self._seq + 1
-        behind = self.active_seq == 0
-        call, digest = self.look_up_call(self._me, word), word & DIGEST_MASK
+        words, digest, active = self._words, word & DIGEST_MASK, self.active_seq
+        inner = active and words[self._base + active % CALLS] & DIGEST_MASK != digest
+        behind = inner or not active
+        number = self._seq + 1 if behind else active
+        call = self.look_up_call(self._me, word)
         for position in positions:
             rank, row = self.members[position], position * self._stride
             ahead = behind and abs(words[row + STATUS]) >= number
@@ -614,7 +620,7 @@ class ConsistencyTable:
             )
         if self._words[row + OUT_OF_STEP]:
             self.leave_step(call)
-            other = self.read_fingerprint(row, self._words[row + OUT_OF_STEP] & ENTRY_MASK)
+            other = self.read_fingerprint(row, self._words[row + OUT_OF_STEP] & DIGEST_MASK)
             raise MismatchError(mismatch_message({self._me: call, self.members[k]: other}, self._me))
         return bool(self._words[row + ISSUED] >= number)
 
@@ -644,7 +650,7 @@ class ConsistencyTable:
             entry, before = self._words[at], self._words[at + 1]
             if self._words[peer + ISSUED] >= number and entry >> DIGEST_BITS == number and before < mine:
                 self.leave_step(call)
-                calls = {self._me: call, rank: self.find_text(peer, entry & ENTRY_MASK, 0)}
+                calls = {self._me: call, rank: self.find_text(peer, entry & DIGEST_MASK, 0)}
                 return mismatch_message(calls, self._me)
         return None
 

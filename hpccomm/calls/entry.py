@@ -3,9 +3,9 @@
 *A kind of call: collective, operation, root, algorithm, dtype, in place or not, and a range of lengths.*  The entry is
 one built-in function a collective of a communicator.  It reads NumPy arrays and mpi4py's lists of array, count and
 datatype, finds the row of the call's kind, writes addresses and length into that row's call record and runs its
-kernel.  A call that it does not know, or that fails, it answers with a code: the Python path takes the call, and
-adds a row where shared memory has taken it.  The key of a row consists of objects that the table keeps alive, never
-of the user's arrays.
+kernel, or compares the ranks' calls and calls MPI's function.  A call that it does not know, or that fails, it answers
+with a code: the Python path takes the call, and adds a row.  The key of a row consists of objects that the table keeps
+alive, never of the user's arrays.
 
 ``HPCCOMM_ENTRY=off`` leaves every call to the Python path.
 """
@@ -58,7 +58,7 @@ from hpccomm.kernels.entry.records import (
 )
 from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
-from hpccomm.kernels.shared_memory.records import fill, offset_of
+from hpccomm.kernels.shared_memory.records import W, fill, offset_of
 from hpccomm.observe.flight_recorder import recorder
 
 MAX_RANKS = 256
@@ -194,6 +194,9 @@ class Entry:
         self._types, self._items = type_table(list_objects()), item_sizes()
         self._record, self._blocks = np.zeros((), ENTRY_RECORD), np.zeros(4 * size, np.int64)
         self._counts = np.zeros((4, size), np.int32)
+        self._no_row = np.zeros(1, records.ROW_RECORD)
+        self._inside = ctypes.c_int64.from_address(recorded["comm_calls"] + W)
+        """In how many calls this rank is that Python has recorded."""
         self._pending, self._event = (
             ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, name))
             for name in ("pending", "event")
@@ -244,7 +247,7 @@ class Entry:
         return Key(*(int(words[name]) for name in Key._fields))
 
     def insert(self, key: Key, call: Any, text: int = 0) -> None:
-        """Let the entry take the calls of the kind of ``key``; ``call`` in shared memory has taken one of them.
+        """Let the entry take the calls of the kind of ``key``, as ``call`` has taken one of them.
 
         ``text`` names them in the flight recorder.
         """
@@ -346,13 +349,16 @@ class Entry:
     def _let_others_pass(self, native: Callable[..., Any], *arguments: Any) -> Any:
         """Run a call during which the doors take others."""
         event, pending, self._pending.value = self._event.value, self._pending.value, 0
+        self._inside.value += 1
         try:
             return native(*arguments)
         except BaseException:
             self._pending.value = pending
             raise
         finally:
+            self._inside.value -= 1
             self._event.value = event
+            self._record["row"] = self._no_row.ctypes.data  # calls inside this one may have moved its own row
 
     def _leave_native(self) -> None:
         """Leave a call of MPI's."""

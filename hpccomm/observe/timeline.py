@@ -33,7 +33,7 @@ AGREEMENT_SECONDS = 30.0
 """Seconds for which a rank waits at the end for the others; after them it writes a file of its own."""
 _MEETINGS = (
     "Allreduce Allgather Allgatherv Reduce_scatter Reduce_scatter_block Alltoall Alltoallv Alltoallw Barrier "
-    "Allreduce_view allreduce allgather alltoall barrier "
+    "Allreduce_view allreduce allgather alltoall barrier reduce scan exscan "
     "sparse_allgather sparse_allreduce onebit_allgather onebit_allreduce"
 )
 SYNCHRONISING = frozenset(_MEETINGS.split())

@@ -189,13 +189,14 @@ class Table:
         """The measurements at the shape nearest to ``shape``, by algorithm, in ascending order of bytes."""
         key = (collective, shape, dtype, memory)
         if key not in self._nearest:
-            self._nearest[key] = None
+            found: Series | None = None
             for each in dict.fromkeys((dtype, "f4")):
                 shapes = self.series_of((collective, each, memory))
                 near = min(shapes, key=lambda known: (distance_key(known, shape), known), default=None)
                 if near and distance(near, shape) <= REACH:
-                    self._nearest[key] = shapes[near]
+                    found = shapes[near]
                     break
+            self._nearest[key] = found
         return self._nearest[key]
 
     @cached_property

@@ -180,6 +180,9 @@ def raise_together(node: Any, size: int, problems: list[str], file: int) -> None
 @cache
 def unlink_memory_of_mpi() -> None:
     """Remove the name of memory that all ranks of this node have mapped, and that MPICH leaves if a rank is killed."""
+    lines: list[str] = []
     with suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
-        for name in {line.split()[5] for line in file if "/dev/shm/mpich_shm_" in line}:
+        lines = file.readlines()
+    for name in {line.split()[5] for line in lines if "/dev/shm/mpich_shm_" in line}:
+        with suppress(OSError):  # another rank was first
             os.unlink(name)

@@ -829,8 +829,9 @@ def start_native(entry, row):
 
 def is_out_of_reach(entry, row, number):
     """Whether a rank is so far behind that this one would overwrite what it has to compare."""
-    reach = (CALLS if load(row + ROW_UNEVEN) == 0 else AMOUNT_CALLS) >> 1
-    if number & (reach - 1) != 0:
+    even = load(row + ROW_UNEVEN) == 0
+    reach = CALLS >> 1 if even else AMOUNT_CALLS - 1
+    if even and number & (reach - 1) != 0:
         return False
     for k in range(load(entry + MEMBERS)):
         status = load_acquire(load(entry + ENTRIES) + load(entry + ROW_STRIDE) * k + W * STATUS)
