@@ -308,9 +308,12 @@ def test_compiled_code_calls_mpis_functions(ours: Communicator) -> None:
         "alltoall": (many, large, None, None, "native"),
         "bcast": (None, small, None, 1, "native"),
         "reduce_scatter_block": (many, small, MPI.SUM, None, "native"),
+        "allgatherv": (mine, [uneven, counts], None, None, "native"),
+        "reduce_scatter": (np.arange(sum(counts), dtype="f8"), part, MPI.SUM, counts, "native"),
     }
     for name, (sendbuf, recvbuf, op, root_rank, *algorithm) in calls.items():
-        named = dict(zip(("op", "root", "algorithm"), (op, root_rank, *algorithm), strict=False))
+        third = "recvcounts" if name == "reduce_scatter" else "root"
+        named = dict(zip(("op", third, "algorithm"), (op, root_rank, *algorithm), strict=False))
         named = {each: value for each, value in named.items() if value is not None}
         buffers = (recvbuf,) if name == "bcast" else (sendbuf, recvbuf)
         for _ in range(2):
@@ -320,8 +323,8 @@ def test_compiled_code_calls_mpis_functions(ours: Communicator) -> None:
         if answer is not None:  # another rank is late, so Python waits for it
             assert answer > BEFORE_NATIVE, name
             assert SIGNATURES[name.capitalize()].synchronises, name
-            named.pop("algorithm", None)
-            ours._run_native(answer, name.capitalize(), *buffers, *named.values())
+            given = (named[each] for each in SIGNATURES[name.capitalize()].arguments)
+            ours._run_native(answer, name.capitalize(), *buffers, *given)
         after = recvbuf[0] if isinstance(recvbuf, list) else recvbuf
         assert before is None or before.tobytes() == after.tobytes(), name
 
@@ -684,6 +687,8 @@ for _ in range(50):
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the profiler is written in C")
 def test_a_preloaded_profiler_sees_the_calls_that_compiled_code_makes(tmp_path: Path) -> None:
     """As it sees those of mpi4py: its functions come before those of MPI's library."""
+    if calls_entry.why_python_has_none():
+        pytest.skip(calls_entry.why_python_has_none())
     maps = Path("/proc/self/maps").read_text().split()
     library = Path(next(each for each in maps if "/libmpi.so" in each or "/libmpi." in each))
     source, profiler = tmp_path / "profiler.c", tmp_path / "profiler.so"
