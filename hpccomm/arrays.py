@@ -206,18 +206,20 @@ def to_host(x: Any) -> Array:
     """An array on the host, copied only if necessary, after the stream that wrote it has been synchronised."""
     if not is_on_device(x):
         return x  # type: ignore[no-any-return]
-    copy: Array = x.get() if hasattr(x, "get") else x.detach().cpu().numpy()
-    return copy
+    if hasattr(x, "get"):
+        return x.get()  # type: ignore[no-any-return]
+    return borrow(x.detach().cpu())[0] if hasattr(x, "cpu") else np.asarray(x)
 
 
 def to_device_like(x: Any, like: Any) -> Any:
-    """A host array as one of ``like``'s library (CuPy, PyTorch) on the device of ``like``."""
+    """A host array as one of ``like``'s library (CuPy, PyTorch, JAX) on the device of ``like``."""
     if not is_on_device(like):
         return x
-    library: Any = sys.modules[type(like).__module__.partition(".")[0]]
-    if hasattr(library, "as_tensor"):
-        return library.as_tensor(np.ascontiguousarray(x), device=like.device)
-    return library.asarray(x)
+    if hasattr(like, "cpu"):
+        return to_torch(np.asarray(x, order="C")).to(like.device)
+    if hasattr(like, "sharding"):
+        return sys.modules["jax"].device_put(np.asarray(x), like.sharding)
+    return namespace(like).asarray(x)
 
 
 def view_array(x: Any, who: str = "hpccomm") -> tuple[Any, Converter]:

@@ -135,6 +135,8 @@ def test_names_of_any_characters(name: str, tmp_path: Path) -> None:
         ("a/b", {}, "rank 0: the name 'a/b' is no file name"),
         ("", {}, "rank 0: the name '' is no file name"),
         ("run", {"crc32": 1}, "the note has a key 'crc32', which the manifest uses itself"),
+        ("run", {1: 2}, "the note has a key 1, which is no text: pass a dict by text"),
+        ("run", [1], "the note is a list: pass a dict; a state needs another name"),
         ("run", {"now": object()}, "rank 0: the note cannot be kept .*object is not JSON serializable.: pass numbers"),
     ],
 )

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from hpccomm import arrays
+from hpccomm.algorithms import checkpoints
 from hpccomm.algorithms.blockwise_filtering import bmuf, bmuf_adam
 from hpccomm.algorithms.checkpoint_sets import load_set, save_set
 from hpccomm.algorithms.checkpoints import load, load_state_dict, save, state_dict
@@ -18,7 +20,7 @@ from hpccomm.algorithms.exchange import synchronous_adam
 from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.local_steps import diloco, post_local_sgd, slowmo
 from hpccomm.algorithms.lr_schedules import polynomial, warm_up
-from hpccomm.algorithms.states import leaves, map_leaves
+from hpccomm.algorithms.states import for_ranks, leaves, map_leaves, snapshot
 from hpccomm.algorithms.transforms import adam, chain, every, momentum, scale
 from hpccomm.algorithms.two_tier import hybrid
 from hpccomm.buckets import Bucket
@@ -241,6 +243,58 @@ def test_weights_may_be_dicts_and_lists_of_arrays_of_any_library(make: Callable[
         assert flatten(each) == list(range(8))
     with pytest.raises(ArgumentError, match=r"a.npz: it lacks \['count.a'\], it also holds \['count'\]: pass every"):
         load(tmp_path / "a.npz", weights=tree(blank), count={"a": 0})
+
+
+@pytest.mark.parametrize("make", [np.copy, torch_tensor, jax_array])
+@pytest.mark.parametrize("copy", [snapshot, lambda s: for_ranks([s, s], 0, 2), lambda s: for_ranks([s], 1, 2)])
+def test_a_copy_of_a_tree_shares_no_memory_with_it(make: Callable[[Any], Any], copy: Callable[[Any], Any]) -> None:
+    values = np.ones(3, "f4")
+    tree = {"layers": [{"w": make(values)}], "rate": 0.5}
+    kept = copy(tree)
+    values += 1
+    if hasattr(tree["layers"][0]["w"], "__setitem__") and make is not jax_array:
+        tree["layers"][0]["w"][:] = 7
+    assert (np.asarray(kept["layers"][0]["w"]).tolist(), kept["rate"]) == ([1, 1, 1], 0.5)
+    assert type(kept["layers"][0]["w"]) is type(make(values))
+
+
+def test_a_state_under_the_name_of_an_argument_of_load_is_refused(tmp_path: Path) -> None:
+    why = "a state is called 'other_ranks', which is an argument of load: rename the state"
+    with pytest.raises(ArgumentError, match=why):
+        save(tmp_path / "a.npz", other_ranks=np.zeros(3))
+
+    def body(comm: Any) -> None:
+        with pytest.raises(ArgumentError, match=why):
+            save_set(comm, tmp_path, "run", other_ranks=np.zeros(3))
+
+    run_on_ranks(2, body)
+    assert not [each for each in tmp_path.iterdir() if each.suffix != ".lock"]
+
+
+def torch_values(dtype: str, shape: tuple[int, ...]) -> Any:
+    torch = pytest.importorskip("torch")
+    return torch.arange(8).to(getattr(torch, dtype))[: int(np.prod(shape))].reshape(shape)
+
+
+def jax_values(dtype: str, shape: tuple[int, ...]) -> Any:
+    numbers = pytest.importorskip("jax.numpy")
+    return numbers.arange(int(np.prod(shape)), dtype=dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("values", [torch_values, jax_values])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("shape", [(), (2, 3), (0,)])
+def test_tensors_on_a_device_are_saved_and_restored(
+    values: Any, dtype: str, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of the host, of which these two are taken to lie on a device."""
+    saved, like = values(dtype, shape), values(dtype, shape) * 0
+    for module in (arrays, checkpoints):
+        monkeypatch.setattr(module, "is_on_device", lambda x: x is saved or x is like)
+    save(tmp_path / "a.npz", weights={"w": saved})
+    (found,) = load(tmp_path / "a.npz", weights={"w": like})
+    assert (type(found["w"]), found["w"].dtype, found["w"].shape) == (type(like), like.dtype, like.shape)
+    assert found["w"].tolist() == saved.tolist()
 
 
 def test_a_save_removes_what_a_killed_save_has_left(tmp_path: Path) -> None:

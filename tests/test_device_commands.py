@@ -132,7 +132,7 @@ def test_without_a_device_bench_says_so_once() -> None:
             "--device cuda --method bmuf",
             "--device cuda with --method bmuf: this method keeps its models in host memory: use one of dense, sgd",
         ),
-        ("--device cuda --checkpoint /tmp", "arrays on a device are not saved"),
+        ("--device cuda --checkpoint /tmp", "this command saves no models on a device"),
         ("--device gpu", "--device 'gpu' is not known: use one of cpu, cuda"),
     ],
 )

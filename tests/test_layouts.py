@@ -40,12 +40,14 @@ def begin(method: Callable[[Any], Transform]) -> Callable[[Any, Tree], Any]:
     return lambda comm, tree: method(comm).init(tree)
 
 
-def begin_flat(method: Callable[[Any, hpccomm.Bucket], Transform]) -> Callable[[Any, Tree], Any]:
-    """The method's state for the vector of a bucket."""
+def begin_flat(
+    method: Callable[[Any, hpccomm.Bucket], Transform], make: Callable[[Any], Any] = np.asarray
+) -> Callable[[Any, Tree], Any]:
+    """The method's state for the vector of a bucket, which ``make`` converts to a library."""
 
     def init(comm: Any, tree: Tree) -> Any:
         bucket = hpccomm.Bucket(tree)
-        return method(comm, bucket).init(bucket.flatten(tree))
+        return method(comm, bucket).init(make(bucket.flatten(tree)))
 
     return init
 
@@ -56,14 +58,32 @@ def update_first(comm: Any, tree: Tree) -> Any:
     return method.update(tree, method.init(np.zeros(12, "f4")), tree)
 
 
+def torch_tensor(vector: Any) -> Any:
+    """The vector as PyTorch's tensor."""
+    return pytest.importorskip("torch").from_numpy(vector)
+
+
 STEP = chain(momentum(0.5), scale(-0.1))
+FLAT: dict[str, Callable[[Any, hpccomm.Bucket], Transform]] = {
+    "dgc": hpccomm.dgc,
+    "powersgd": hpccomm.powersgd,
+    "onebit_sgd": hpccomm.onebit_sgd,
+    "onebit_lamb": lambda comm, bucket: hpccomm.onebit_lamb(comm, bucket, 0.1, 3),
+    "mean_rows": lambda comm, bucket: hpccomm.mean_rows(comm, bucket, ["b"]),
+    "mean of a bucket": lambda comm, bucket: chain(hpccomm.mean(comm), bucket=bucket),
+    "gtc of a bucket": lambda comm, bucket: chain(hpccomm.gtc(comm), STEP, bucket=bucket),
+    "bmuf of a bucket": lambda comm, bucket: hpccomm.bmuf(comm, chain(STEP, bucket=bucket), 4),
+    "synchronous_sgd": lambda comm, bucket: hpccomm.synchronous_sgd(comm, 0.1, bucket=bucket),
+    "lars": lambda comm, bucket: chain(hpccomm.mean(comm), hpccomm.lars(bucket, 0.1)),
+    "bmuf of lamb": lambda comm, bucket: hpccomm.bmuf(comm, hpccomm.lamb(bucket, 0.1), 4),
+}
 BEGINNINGS: dict[str, Callable[[Any, Tree], Any]] = {
     "mean": begin(hpccomm.mean),
     "chain": begin(lambda comm: chain(hpccomm.mean(comm), STEP)),
     "synchronous_adam": begin(lambda comm: hpccomm.synchronous_adam(comm, 0.1)),
     "every": begin(lambda comm: hpccomm.every(2, hpccomm.mean(comm))),
     "apply_if_finite": begin(lambda comm: hpccomm.apply_if_finite(hpccomm.mean(comm))),
-    "scale_loss": begin(lambda comm: hpccomm.scale_loss(comm, STEP)),
+    "scale_loss": begin(lambda comm: hpccomm.scale_loss(comm, hpccomm.mean(comm))),
     "gtc": begin(hpccomm.gtc),
     "block_mean": begin(hpccomm.block_mean),
     "block_mean without feedback": begin(lambda comm: hpccomm.block_mean(comm, feedback=False)),
@@ -74,17 +94,8 @@ BEGINNINGS: dict[str, Callable[[Any, Tree], Any]] = {
     "bmuf": begin(lambda comm: hpccomm.bmuf(comm, STEP, 4)),
     "diloco": begin(lambda comm: hpccomm.diloco(comm, STEP, 4)),
     "hybrid": begin(lambda comm: hpccomm.hybrid(comm, hpccomm.gtc, STEP, 1)),
-    "dgc": begin_flat(hpccomm.dgc),
-    "powersgd": begin_flat(hpccomm.powersgd),
-    "onebit_sgd": begin_flat(hpccomm.onebit_sgd),
-    "onebit_lamb": begin_flat(lambda comm, bucket: hpccomm.onebit_lamb(comm, bucket, 0.1, 3)),
-    "mean_rows": begin_flat(lambda comm, bucket: hpccomm.mean_rows(comm, bucket, ["b"])),
-    "mean of a bucket": begin_flat(lambda comm, bucket: chain(hpccomm.mean(comm), bucket=bucket)),
-    "gtc of a bucket": begin_flat(lambda comm, bucket: chain(hpccomm.gtc(comm), STEP, bucket=bucket)),
-    "bmuf of a bucket": begin_flat(lambda comm, bucket: hpccomm.bmuf(comm, chain(STEP, bucket=bucket), 4)),
-    "synchronous_sgd": begin_flat(lambda comm, bucket: hpccomm.synchronous_sgd(comm, 0.1, bucket=bucket)),
-    "lars": begin_flat(lambda comm, bucket: chain(hpccomm.mean(comm), hpccomm.lars(bucket, 0.1))),
-    "bmuf of lamb": begin_flat(lambda comm, bucket: hpccomm.bmuf(comm, hpccomm.lamb(bucket, 0.1), 4)),
+    **{name: begin_flat(method) for name, method in FLAT.items()},
+    **{f"{name}, PyTorch": begin_flat(method, torch_tensor) for name, method in FLAT.items()},
     "the first update": update_first,
     "data_parallel": lambda comm, tree: data_parallel(comm, {"unit": tree}, STEP),
     "zero": lambda comm, tree: zero(comm, {"unit": tree}, STEP),
@@ -107,6 +118,24 @@ def test_other_tensors_on_a_rank_are_named_before_the_first_gradient_travels(nam
             BEGINNINGS[name](comm, other if comm.rank == 1 else TENSORS)
 
     run_on_ranks(3, body)
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_vectors_on_a_device_are_compared_by_their_bucket(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the host that are taken to lie on a device."""
+    vectors: list[Any] = []
+    monkeypatch.setattr(trees, "is_on_device", lambda x: any(x is each for each in vectors))
+    monkeypatch.setattr(trees, "as_cupy", lambda tensor: tensor.numpy())
+
+    def make(vector: Any) -> Any:
+        vectors.append(torch_tensor(vector))
+        return vectors[-1]
+
+    def body(comm: Any) -> None:
+        with pytest.raises(MismatchError, match="the tensors of rank 1 differ"):
+            begin_flat(FLAT[name], make)(comm, OTHERS["order"][0] if comm.rank == 1 else TENSORS)
+
+    run_on_ranks(2, body)
 
 
 @pytest.mark.parametrize("make", [data_parallel, zero])
@@ -134,6 +163,59 @@ def test_tied_weights_must_be_tied_on_all_ranks() -> None:
             zero(comm, units, STEP)
 
     run_on_ranks(2, body)
+
+
+Grid = Callable[[Any, Any], list[Any]]
+"""The communicators of a method on four ranks: two nodes of two."""
+GRIDS: dict[str, tuple[Grid, int, list[int]]] = {
+    "nodes, then their first ranks": (lambda node, across: [node, across] if node.rank == 0 else [node], 2, [0, 2, 3]),
+    "rows, then columns": (lambda node, across: [node, across], 3, [1, 2, 3]),
+}
+"""The odd rank, and the ranks that raise: those of each communicator that the odd rank is in."""
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_ranks_of_every_communicator_hear_of_other_tensors(name: str) -> None:
+    grid, odd, told = GRIDS[name]
+
+    def body(comm: Any) -> str:
+        node, across = (comm.Split(color, comm.rank) for color in (comm.rank // 2, comm.rank % 2))
+        method = chain(*map(hpccomm.mean, grid(node, across)))
+        try:
+            method.init(OTHERS["name"][0] if comm.rank == odd else TENSORS)
+        except MismatchError as error:
+            return str(error)
+        return ""
+
+    assert [rank for rank, problem in enumerate(run_on_ranks(4, body)) if problem] == told
+
+
+def test_ranks_that_agree_on_one_flag_may_hold_other_tensors() -> None:
+    """Stages of a pipeline: each exchanges its own tensors, all skip a step together."""
+
+    def body(comm: Any) -> tuple[list[float], float]:
+        stage = comm.Split(comm.rank // 2, comm.rank)
+        weights = {f"stage {comm.rank // 2}": np.zeros(1 + comm.rank // 2, "f4")}
+        inner = chain(hpccomm.mean(stage), scale(-1.0))
+        method = hpccomm.scale_loss(comm, hpccomm.every(1, inner), hpccomm.LossScale(2.0, 4))
+        state = method.init(weights)
+        for bad in (1.0, np.inf):
+            gradient = {name: each + (bad if comm.rank == 3 else 1.0) for name, each in weights.items()}
+            step, state = method.update(gradient, state, weights)
+            weights = {name: each + step[name] for name, each in weights.items()}
+        return next(iter(weights.values())).tolist(), hpccomm.loss_scale(state)
+
+    assert run_on_ranks(4, body) == [([-0.5], 1.0)] * 2 + [([-0.5, -0.5], 1.0)] * 2
+
+
+def test_stages_whose_parts_exchange_are_still_compared_inside_a_loss_scale() -> None:
+    def body(comm: Any) -> None:
+        stage = comm.Split(comm.rank // 2, comm.rank)
+        method = hpccomm.scale_loss(comm, hpccomm.mean(stage))
+        with pytest.raises(MismatchError, match="the tensors of rank 1 differ"):
+            method.init({f"tensor {comm.rank}": np.zeros(1, "f4")})
+
+    run_on_ranks(4, body)
 
 
 METHODS: dict[str, Callable[[Any], Transform]] = {
@@ -177,11 +259,11 @@ def test_tensors_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps cost nothing; a second state of the same tensors neither, also where one rank alone makes it."""
     calls: list[int] = []
 
-    def count(comm: Any, *rest: Any) -> None:
+    def count(comm: Any, *rest: Any) -> str:
         calls.append(comm.rank)
-        agreement.check_same_tensors(comm, *rest)
+        return agreement.find_difference(comm, *rest)
 
-    monkeypatch.setattr(trees, "check_same_tensors", count)
+    monkeypatch.setattr(trees, "find_difference", count)
 
     def body(comm: Any) -> None:
         method = chain(hpccomm.mean(comm), STEP)

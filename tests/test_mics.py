@@ -31,7 +31,7 @@ from hpccomm.algorithms.sharded.groups import (
 from hpccomm.algorithms.sharded.units import ShardedModel, adamw, data_parallel, zero
 from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import adam, apply_if_finite, chain, clip, every, momentum, scale, weight_decay
-from hpccomm.algorithms.trust_ratio import scale_by_global_norm
+from hpccomm.algorithms.trust_ratio import add_decayed_weights, scale_by_global_norm, scale_by_trust_ratio
 from hpccomm.buckets import Bucket
 from hpccomm.collectives import ring
 from hpccomm.collectives.engine import bind, even_cuts
@@ -272,6 +272,18 @@ ON_SHARDS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
     ),
     "loss scale": (lambda comm: DESCENT, {"loss_scale": LossScale(8.0, 2)}, ""),
     "scale_loss": (lambda comm: scale_loss(MPI.COMM_SELF, DESCENT), {}, "scale_loss in .* pass loss_scale="),
+    "a trust ratio of clip": (
+        lambda comm: (
+            lambda bucket, reduce: chain(
+                scale_by_trust_ratio(
+                    bucket, chain(add_decayed_weights(0.1, bucket), clip(0.5), momentum(0.9)), norm_reduce=reduce
+                ),
+                DESCENT,
+            )
+        ),
+        {},
+        f"clip in .* {WHOLE}leave it out, and pass max_norm=",
+    ),
     "gtc alone": (lambda comm: chain(gtc(MPI.COMM_SELF), DESCENT), {}, "threshold.* leave it out"),
     "onebit_adam": (lambda comm: onebit_adam(MPI.COMM_SELF, 0.1, 1), {}, "onebit_adam in .* leave it out"),
     "powersgd": (
@@ -305,6 +317,60 @@ def test_an_optimizer_takes_the_same_steps_on_shards_of_any_size_or_is_refused(n
     for found in shards:
         assert bool(why) == (found is None)
         assert all(np.allclose(found[tensor], whole[tensor], rtol=1e-6, atol=1e-7) for tensor in found or ())
+
+
+REFUSED_BY_SOME: dict[str, tuple[dict[str, Any], Callable[[Any], Any], str]] = {
+    "lars, no tensor adapts on rank 1": (
+        {"w": np.ones((2, 2), "f4"), "b": np.ones(4, "f4")},
+        lambda comm: lambda bucket, reduce: lars(bucket, 0.1),
+        f"scale_by_trust_ratio in .* {WHOLE}pass lambda bucket, reduce",
+    ),
+    "lars, no tensor adapts on rank 0": (
+        {"b": np.ones(4, "f4"), "w": np.ones((2, 2), "f4")},
+        lambda comm: lambda bucket, reduce: lars(bucket, 0.1),
+        f"scale_by_trust_ratio in .* {WHOLE}pass lambda bucket, reduce",
+    ),
+    "lamb, an empty shard": (
+        {"w": np.ones(1, "f4")},
+        lambda comm: lambda bucket, reduce: lamb(bucket, 0.1),
+        f"scale_by_trust_ratio in .* {WHOLE}pass lambda bucket, reduce",
+    ),
+    "a mask that fits one shard": (
+        {"w": np.ones(3, "f4")},
+        lambda comm: chain(weight_decay(0.1, np.ones(2, bool)), DESCENT),
+        r"zero: rank 1: weight_decay: the mask has shape \(2,\), the weights \(1,\)",
+    ),
+    "a function that fails on one rank": (
+        {"w": np.ones(3, "f4")},
+        lambda comm: lambda bucket, reduce: [DESCENT][comm.rank],
+        "zero: rank 1: list index out of range",
+    ),
+    "scale_loss of all ranks": (
+        {"w": np.ones(4, "f4")},
+        lambda comm: scale_loss(comm, DESCENT),
+        f"scale_loss in .* {WHOLE}leave it out, and pass loss_scale=",
+    ),
+    "clip after an exchange": (
+        {"w": np.ones(4, "f4")},
+        lambda comm: chain(mean(comm), clip(0.5), DESCENT),
+        f"clip in .* {WHOLE}leave it out, and pass max_norm=",
+    ),
+}
+"""A unit, an optimizer that the shards of one rank or of both refuse, and what both ranks hear."""
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_SOME)
+def test_an_optimizer_that_one_rank_refuses_is_refused_on_all(name: str) -> None:
+    unit, make, why = REFUSED_BY_SOME[name]
+    check_refused(lambda comm: mics(comm, {"unit": unit}, make(comm), 2), why)
+
+
+def test_a_loss_scale_of_all_ranks_is_refused_beside_a_whole_model() -> None:
+    """The boundary would skip the steps that halve its factor."""
+    check_refused(
+        lambda comm: data_parallel(comm, first_weights(), scale_loss(comm, DESCENT)),
+        "in place of scale_loss pass loss_scale= beside the optimizer",
+    )
 
 
 @pytest.mark.parametrize("partition", [1, 2])

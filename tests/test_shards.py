@@ -365,6 +365,8 @@ def test_a_missing_file_or_note_and_other_models_are_named(tmp_path: Path) -> No
     check_refused(tmp_path, "run.json does not describe a saved run .it names no step")
     note.unlink()
     check_refused(tmp_path, "there is no run.json: name the folder")
+    run_on_ranks(4, lambda comm: checkpoint_sets.save_set(comm, tmp_path, "run", weights=np.zeros(3)))
+    check_refused(tmp_path, "it names no sharded states: load a set of save_set with load_set")
 
 
 @pytest.mark.parametrize("culprit", [0, 1])

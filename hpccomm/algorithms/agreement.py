@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from hpccomm.buckets import Bucket
 from hpccomm.calls.fingerprint import format_ranks
-from hpccomm.errors import MismatchError
+from hpccomm.errors import ArgumentError, MismatchError
 
 REMEDY = "pass the same names, shapes and dtypes in the same order on all ranks, e.g. dict(sorted(tensors.items()))"
 
@@ -27,15 +27,21 @@ def find_odd_ranks(comm: Any, content: Any) -> list[int]:
 
 def check_same_tensors(comm: Any, who: str, rows: Sequence[str], remedy: str = REMEDY) -> None:
     """Raise on all ranks unless they hold the same tensors, one row of text each, in the same order (collective)."""
+    if problem := find_difference(comm, who, rows, remedy):
+        raise MismatchError(problem)
+
+
+def find_difference(comm: Any, who: str, rows: Sequence[str], remedy: str = REMEDY) -> str:
+    """Where the ranks hold other tensors, the text of the error; empty where they hold the same (collective)."""
     if comm.size == 1:
-        return
+        return ""
     odd = find_odd_ranks(comm, "\n".join(rows).encode())
     if not odd:
-        return
+        return ""
     lists = comm.allgather(list(rows))
     pairs = zip_longest(lists[0], lists[odd[0]], fillvalue="nothing")
     at, (first, other) = next((at, pair) for at, pair in enumerate(pairs, 1) if pair[0] != pair[1])
-    raise MismatchError(
+    return (
         f"rank {comm.rank}: {who}: the tensors of {format_ranks(odd)} differ from those of rank 0: number {at} is "
         f"{other} on rank {odd[0]}, {first} on rank 0: {remedy}"
     )
@@ -44,3 +50,16 @@ def check_same_tensors(comm: Any, who: str, rows: Sequence[str], remedy: str = R
 def rows_of(bucket: Bucket) -> list[str]:
     """The tensors of a bucket as rows for :func:`check_same_tensors`."""
     return [f"{entry.name!r} {bucket.dtype}{list(entry.shape)}" for entry in bucket.table]
+
+
+def run_collectively(comm: Any, what: str, action: Callable[[], Any]) -> Any:
+    """Run ``action`` on this rank; raises on all ranks if it raises on one (collective)."""
+    found, problem, cause = None, "", None
+    try:
+        found = action()
+    except Exception as error:
+        problem, cause = str(error) or type(error).__name__, error
+    for rank, each in enumerate(comm.allgather(problem)):
+        if each:
+            raise ArgumentError(f"{what}: rank {rank}: {each}") from cause
+    return found

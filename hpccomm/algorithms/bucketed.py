@@ -24,6 +24,7 @@ from hpccomm.algorithms.agreement import REMEDY, check_same_tensors, rows_of
 from hpccomm.algorithms.reports import ExchangeReport
 from hpccomm.algorithms.states import (
     RankChange,
+    copy_leaf,
     count_skipped,
     leaves_with_changes,
     map_declared,
@@ -442,7 +443,7 @@ def form_of(state: Any) -> list[Any]:
 
 def keep_values(path: str, leaf: Any, change: RankChange | None) -> Any:
     """A copy of a leaf that an update may overwrite; buffers hold nothing to keep."""
-    return leaf.copy() if hasattr(leaf, "copy") and change is not RankChange.SCRATCH else leaf
+    return leaf if change is RankChange.SCRATCH else copy_leaf(leaf)
 
 
 def keep_costs(state: Any, spent: Any) -> Any:

@@ -15,11 +15,12 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hpccomm.algorithms.agreement import run_collectively
 from hpccomm.algorithms.checkpoints import FORMAT, CheckpointFile, write_file
 from hpccomm.algorithms.states import for_ranks
 from hpccomm.errors import ArgumentError
@@ -100,19 +101,6 @@ def take_own(states: list[tuple[Any, ...]], manifest: Manifest, comm: Any, like:
     return found
 
 
-def run_collectively(comm: Any, what: str, action: Callable[[], Any]) -> Any:
-    """Run ``action`` on this rank; raises on all ranks if it raises on one (collective)."""
-    found, problem, cause = None, "", None
-    try:
-        found = action()
-    except Exception as error:
-        problem, cause = str(error) or type(error).__name__, error
-    for rank, each in enumerate(comm.allgather(problem)):
-        if each:
-            raise ArgumentError(f"{what}: rank {rank}: {each}") from cause
-    return found
-
-
 # Writing
 
 
@@ -167,8 +155,10 @@ def begin(stack: ExitStack, folder: Path, name: str, note: dict[str, Any]) -> tu
 
 def check_note(note: Any) -> None:
     """Raise for a note that JSON cannot hold, or that uses a key of the manifest."""
-    if not isinstance(note, dict) or not all(isinstance(key, str) for key in note):
-        raise ArgumentError(f"the note is a {type(note).__name__}: pass a dict by text; a state needs another name")
+    if not isinstance(note, dict):
+        raise ArgumentError(f"the note is a {type(note).__name__}: pass a dict; a state needs another name")
+    if other := [key for key in note if not isinstance(key, str)]:
+        raise ArgumentError(f"the note has a key {other[0]!r}, which is no text: pass a dict by text")
     if taken := [key for key in OWN if key in note]:
         raise ArgumentError(f"the note has a key {taken[0]!r}, which the manifest uses itself: name it otherwise")
     try:

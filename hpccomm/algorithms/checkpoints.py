@@ -179,6 +179,8 @@ def save(path: str | os.PathLike[str], /, **states: Any) -> None:
 
 def write_file(target: Path, states: dict[str, Any], **label: Any) -> int:
     """Write states and a label; returns the bytes of the file."""
+    if "other_ranks" in states:
+        raise ArgumentError("save: a state is called 'other_ranks', which is an argument of load: rename the state")
     found = [(path, np.asarray(leaf)) for name, state in states.items() for path, leaf in read_leaves(state, name)]
     twice = {name for name, _ in found}
     if len(twice) < len(found):

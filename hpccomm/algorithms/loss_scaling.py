@@ -95,7 +95,7 @@ def scale_loss(comm: MPI.Intracomm, inner: Transform, first: LossScale | None = 
     def init(weights: Vector) -> ScaledState:
         return ScaledState(first, SkipState(0, inner.init(weights)))
 
-    return Transform(init, update, comm=comm, needs_whole="scale_loss", parts=[inner])
+    return Transform(init, update, flag_comm=comm, needs_whole="scale_loss", parts=[inner])
 
 
 def loss_scale(state: Any) -> float:

@@ -134,7 +134,14 @@ def snapshot(state: Any) -> Any:
     >>> kept.tolist(), state.tolist()
     ([1.0, 1.0], [1.5, 1.5])
     """
-    return map_leaves(lambda path, leaf: leaf.copy() if hasattr(leaf, "copy") else leaf, state)
+    return map_leaves(lambda path, leaf: copy_leaf(leaf), state)
+
+
+def copy_leaf(leaf: Any) -> Any:
+    """A copy of an array of any library, without its gradient history; a number is its own copy."""
+    if hasattr(leaf, "copy"):
+        return leaf.copy()
+    return leaf.detach().clone() if hasattr(leaf, "clone") else leaf
 
 
 def skip_step(state: Any) -> Any:
@@ -263,6 +270,6 @@ def divide_anew(state: Any, columns: list[dict[str, Any]], rank: int, size: int,
         if change in (RankChange.UNSENT, RankChange.LOCAL) and getattr(leaf, "dtype", np.dtype(int)).kind in "fV":
             total = np.sum(values, axis=0, dtype=np.float64) / len(values)
             return (total * growth(path)).astype(leaf.dtype)
-        return leaf.copy() if hasattr(leaf, "copy") else leaf
+        return copy_leaf(leaf)
 
     return map_declared(leaf_of, state)

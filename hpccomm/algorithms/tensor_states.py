@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hpccomm.algorithms.reports import ExchangeReport
-from hpccomm.algorithms.states import RankChange, Vector, children_of, rebuild
+from hpccomm.algorithms.states import RankChange, Vector, children_of, copy_leaf, rebuild
 from hpccomm.errors import ArgumentError
 
 
@@ -99,11 +99,6 @@ def are_rows_of(parts: list[Any], whole: Any) -> bool:
 def own_block(vector: Vector, comm: Any) -> Vector:
     """This rank's block of a vector of which every rank has one."""
     return np.array_split(vector, comm.size)[comm.rank].copy()
-
-
-def copy_leaf(leaf: Any) -> Any:
-    """An array of its own, or the number."""
-    return leaf.copy() if hasattr(leaf, "copy") else leaf
 
 
 def check_form(leaf: Any, like: Any, change: RankChange | None) -> Any:

@@ -45,9 +45,9 @@ class Transform(Pair):
 
     Written for vectors; made into a transform, both also take PyTorch's tensors, JAX's arrays, and dicts, lists and
     tuples of arrays, and give steps of the same form (:mod:`hpccomm.algorithms.trees`).  ``bucket`` names the tensors
-    of a method that treats them one by one, ``comm`` are the ranks with which it exchanges.  ``needs_whole`` names what
-    gives another step on a shard of the vector than on the whole.  All three are also taken from ``parts``, the
-    transforms inside this one.
+    of a method that treats them one by one, ``comm`` are the ranks with which it exchanges tensors, ``flag_comm`` those
+    with which it agrees on flags alone.  ``needs_whole`` names what gives another step on a shard of the vector than on
+    the whole.  All of these are also taken from ``parts``, the transforms inside this one.
     """
 
     bucket: Bucket | None = None
@@ -62,19 +62,25 @@ class Transform(Pair):
         bucket: Bucket | None = None,
         *,
         comm: Any = None,
+        flag_comm: Any = None,
         needs_whole: str = "",
         parts: Sequence[Any] = (),
     ) -> AnyTransform:
         """The pair, whose functions take trees."""
         inside = [each for each in parts if isinstance(each, Transform)]
         bucket = bucket or next((each.bucket for each in inside if each.bucket), None)
-        comms = [*([] if comm is None else [comm]), *(each for part in inside for each in part.comms)]
-        distinct = tuple({id(each): each for each in comms}.values())
-        kind, layouts = StateKind(), Layouts(bucket, distinct, [each.layouts for each in inside])
+        exchange = unique([comm, *(each for part in inside for each in part.layouts.comms)])
+        kind, layouts = StateKind(), Layouts(bucket, exchange, [each.layouts for each in inside])
         made = Pair.__new__(cls, init_for_trees(init, layouts, kind), update_for_trees(update, layouts, kind))
-        made.bucket, made.comms, made.layouts = bucket, layouts.comms, layouts
+        made.bucket, made.layouts = bucket, layouts
+        made.comms = unique([*exchange, flag_comm, *(each for part in inside for each in part.comms)])
         made.needs_whole = needs_whole or next((each.needs_whole for each in inside if each.needs_whole), "")
         return made
+
+
+def unique(comms: Sequence[Any]) -> tuple[Any, ...]:
+    """The communicators, each once."""
+    return tuple({id(each): each for each in comms if each is not None}.values())
 
 
 class Term(Transform):

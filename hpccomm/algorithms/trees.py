@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.agreement import check_same_tensors, rows_of
+from hpccomm.algorithms.agreement import find_difference, rows_of
 from hpccomm.algorithms.exact_steps import exact_step, exact_tensor
 from hpccomm.arrays import (
     borrow,
@@ -30,7 +30,7 @@ from hpccomm.arrays import (
     view_array,
 )
 from hpccomm.buckets import Bucket
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, MismatchError
 
 Vector = npt.NDArray[Any]
 Tree = Any
@@ -177,17 +177,24 @@ class Layouts:
         return TreeLayout(weights, self.bucket, self.orders)
 
     def agree(self, weights: Tree) -> TreeLayout:
-        """The layout of a tree of weights (collective where it is new); raises on all ranks where it differs."""
+        """The layout of a tree of weights (collective where it is new); raises as :meth:`compare` does."""
         layout = self.find(weights)
+        if not is_branch(weights):
+            self.compare(self.bucket)
         self.compare(layout.bucket)
         return layout
 
     def compare(self, bucket: Bucket | None) -> None:
-        """Raise on all ranks where the tensors of a vector differ between them (collective where they are new)."""
+        """Raise on all ranks of each communicator in which the tensors of a vector differ.
+
+        Collective where the tensors are new.  Nothing is raised before all communicators have compared them: no rank
+        is left waiting in a comparison.
+        """
         if bucket is None or not self.comms or (known := (bucket.table, bucket.dtype)) in self.compared:
             return
-        for comm in self.comms:
-            check_same_tensors(comm, "weights", rows_of(bucket))
+        for problem in [find_difference(comm, "weights", rows_of(bucket)) for comm in self.comms]:
+            if problem:
+                raise MismatchError(problem)
         self.note(known)
 
     def note(self, known: Any) -> None:
@@ -261,6 +268,7 @@ def init_for_trees(init: Callable[[Vector], Any], layouts: Layouts, kind: StateK
             layouts.compare(layouts.bucket)
             return kind.note(init(vector))
         if is_on_device(weights):
+            layouts.compare(layouts.bucket)
             return kind.note(init(as_cupy(weights)))
         return kind.note(init(check_weights(layouts.agree(weights).flatten(weights, "weights"), layouts.bucket)))
 

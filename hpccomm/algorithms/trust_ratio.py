@@ -73,6 +73,8 @@ class Layers(NamedTuple):
     tensors: int
     """In the bucket."""
     rows: Rows
+    adapts: bool
+    """Whether a tensor of the bucket adapts, also one without elements here: the same on all ranks."""
 
     def groups(self) -> Iterator[Rows]:
         """Groups of tensors that fit into the host's cache together; large tensors alone."""
@@ -178,8 +180,8 @@ def scale_by_trust_ratio(
 
     bucket = tensors if isinstance(tensors, Bucket) else None
     name = "scale_by_trust_ratio"
-    alone = norm_reduce is None and bool(here.rows.adapt.any())
-    made = Transform(init, update, bucket, needs_whole=name if alone else "")
+    alone = norm_reduce is None and here.adapts
+    made = Transform(init, update, bucket, needs_whole=name if alone else "", parts=[inner])
     return Term.of(made, name, inner=inner, ratio=ratio)
 
 
@@ -251,7 +253,7 @@ def layers(
     bounds = np.array([clip_bounds(bucket.table[row], lo, hi) for row in here], np.int64).reshape(-1, 2)
     stop = int(bounds[-1, 1]) if here else 0
     rows = Rows(0, stop, bounds, np.array(here, np.int64), np.array(decays, bool)[here], np.array(adapts, bool)[here])
-    return Layers(hi - lo, len(bucket.table), rows)
+    return Layers(hi - lo, len(bucket.table), rows, any(adapts))
 
 
 def clip_bounds(slot: TensorEntry, lo: int, hi: int) -> tuple[int, int]:

@@ -261,7 +261,8 @@ def check_device(args: argparse.Namespace, comm: Communicator) -> None:
         why = f"--device cuda with --method {args.method}: this method keeps its models in host memory"
         raise ArgumentError(f"{why}: use one of {', '.join(able)}")
     if args.checkpoint:
-        raise ArgumentError("--checkpoint with --device cuda: arrays on a device are not saved: leave one flag out")
+        why = "--checkpoint with --device cuda: this command saves no models on a device"
+        raise ArgumentError(f"{why}: leave one flag out")
     claim_device(comm, "--device cuda", "use --device cpu")
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from mpi4py import MPI
 
+from hpccomm.algorithms.agreement import run_collectively
 from hpccomm.algorithms.checkpoint_sets import (
     Manifest,
     read_manifest,
     restore_set,
-    run_collectively,
     take_own,
     write_set,
 )

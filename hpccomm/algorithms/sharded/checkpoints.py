@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from hpccomm.algorithms.checkpoint_sets import Manifest, find_set, open_member, run_collectively, write_set
+from hpccomm.algorithms.agreement import run_collectively
+from hpccomm.algorithms.checkpoint_sets import Manifest, find_set, open_member, write_set
 from hpccomm.algorithms.checkpoints import CheckpointFile, write_arrays
 from hpccomm.algorithms.loss_scaling import LossScale
 from hpccomm.algorithms.sharded.units import ShardedModel, Unit, bounds
@@ -98,7 +99,8 @@ def read_description(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]
         told = {key: note.pop(key) for key in OWN if key in note}
     if absent := set(OWN) - told.keys():
         raise ArgumentError(
-            f"{manifest.name}.json has no {min(absent)}: save_set wrote it, or another program: load it with load_set"
+            f"{manifest.name}.json has no {min(absent)}, it names no sharded states: load a set of save_set with "
+            "load_set"
         )
     return told, note
 

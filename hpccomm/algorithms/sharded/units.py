@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.agreement import check_same_tensors, rows_of
+from hpccomm.algorithms.agreement import check_same_tensors, rows_of, run_collectively
 from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.fused import InPlaceTransform
 from hpccomm.algorithms.loss_scaling import LossScale
@@ -318,9 +318,9 @@ class ShardedModel:
         self._total = self.library.zeros(size, self.master.dtype)
         bucket = Bucket(dict(self._shard_sizes()), self.master.dtype, exempt=list(self._exempt_names()))
         norms = self._sum_over_partition if self.ranks > 1 else None
-        self.optimizer = optimizer if isinstance(optimizer, Transform) else optimizer(bucket, norms)
-        self._check_optimizer()
-        self.state = self.optimizer.init(self.master)
+        self.optimizer, self.state = run_collectively(
+            groups.world, "zero", lambda: self._begin_optimizer(optimizer, bucket, norms)
+        )
         self.steps, self.hops = 0, Hops()
         self.counts = dict.fromkeys(self.units, 0)
         """Gradients added for each unit since the last step."""
@@ -341,19 +341,23 @@ class ShardedModel:
                         "all ranks"
                     )
 
-    def _check_optimizer(self) -> None:
+    def _begin_optimizer(self, optimizer: Optimizer, bucket: Bucket, norms: NormReduce | None) -> tuple[Transform, Any]:
+        """The optimizer of this rank's shards, and its state; raises where it may refuse the shards of other ranks."""
+        made = optimizer if isinstance(optimizer, Transform) else optimizer(bucket, norms)
+        self._check_optimizer(made)
+        return made, made.init(self.master)
+
+    def _check_optimizer(self, optimizer: Transform) -> None:
         """Raise for an optimizer whose step on shards is another one than on the whole model."""
+        part = getattr(optimizer, "needs_whole", "") if self.ranks > 1 else ""
+        whole = f"{part} in the optimizer needs the whole model, each of {self.ranks} ranks holds a shard"
+        require(part not in WHOLE_REMEDIES, f"{whole}: {WHOLE_REMEDIES.get(part)}")
         require(
-            all(comm.size == 1 for comm in getattr(self.optimizer, "comms", ())),
-            f"{self.who}: the optimizer exchanges gradients itself, which both hops have averaged: leave the exchange "
-            "out, e.g. chain(momentum(0.9), scale(-0.1))",
+            all(comm.size == 1 for comm in getattr(optimizer, "comms", ())),
+            "the optimizer exchanges gradients itself, which both hops have averaged: leave the exchange out, e.g. "
+            "chain(momentum(0.9), scale(-0.1)); in place of scale_loss pass loss_scale= beside the optimizer",
         )
-        part = getattr(self.optimizer, "needs_whole", "")
-        require(
-            self.ranks == 1 or not part,
-            f"{self.who}: {part} in the optimizer needs the whole model, each of {self.ranks} ranks holds a shard: "
-            f"{WHOLE_REMEDIES.get(part, 'leave it out, the gradients have been averaged')}",
-        )
+        require(not part, f"{whole}: leave it out, the gradients have been averaged")
 
     @property
     def _gathers(self) -> bool:
