@@ -216,7 +216,7 @@ def test_the_entry_compares_the_calls_of_objects(comm: Communicator, first: str)
 @pytest.mark.parametrize(
     ("mistake", "sentence"),
     [
-        (lambda comm, odd: comm.bcast(1, root=int(odd)), r"bcast\(root=0\).*rank 1 called bcast\(root=1\)"),
+        (lambda comm, odd: comm.reduce(1, root=int(odd)), r"reduce\(sum, root=0\).*reduce\(sum, root=1\)"),
         (lambda comm, odd: comm.allreduce(1, MPI.MAX if odd else MPI.SUM), r"allreduce\(sum\).*allreduce\(max\)"),
         (lambda comm, odd: comm.scan(1) if odd else comm.alltoall([0] * comm.size), r"alltoall, .*scan\(sum\)"),
         (lambda comm, odd: comm.gather(1) if odd else comm.Barrier(), r"Barrier, .*gather\(root=0\)"),
