@@ -469,19 +469,19 @@ def test_the_entry_keeps_no_reference(ours: Communicator) -> None:
     watched = [x, y, form, form[0], None, MPI.SUM, MPI.DOUBLE, x.dtype, MISS, 0]
 
     def call() -> None:
-        for _ in range(20_000):
+        for _ in range(10_000):
             ours.Allreduce(x, y)
             ours.Allreduce(form, y)
             ours.Bcast(x)
             ours._doors.allreduce(x, x[1:], MPI.SUM, None, None, None)
 
-    call()
-    gc.collect()
-    before = [sys.getrefcount(each) for each in watched]
-    call()
-    gc.collect()
-    after = [sys.getrefcount(each) for each in watched]
-    assert max(abs(a - b) for a, b in zip(before, after, strict=True)) < 1000
+    counts = []
+    for _ in range(4):
+        call()
+        gc.collect()
+        counts.append([sys.getrefcount(each) for each in watched])
+    changes = [max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in pairwise(counts)]
+    assert min(changes) < 1000  # what other tests have left may go meanwhile, once
 
 
 CALLS = 10**6
