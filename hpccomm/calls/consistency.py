@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import os
 import re
 import threading
@@ -732,6 +731,8 @@ def claim_report(sentence: str) -> bool:
 
     The ranks have the same sentence but for the number of the rank that says it.
     """
+    import hashlib
+
     plain = re.sub(r"^rank \d+: |\(noticed by rank \d+\)", "", sentence)
     mark = int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True) >> 1 | 1
     if mark in _reported:
