@@ -23,6 +23,7 @@ import numpy as np
 from collective_arguments import N, arguments, numbers
 from mpi4py import MPI
 from nonblocking_rounds import DTYPES, NAMES, begin, complete
+from open_files import count_open_files
 from test_random_calls import Draw, one_call, resident_bytes
 
 from hpccomm import Communicator
@@ -81,7 +82,7 @@ def measure() -> dict[str, int]:
     """What must not grow."""
     gc.collect()
     names = [each for each in os.listdir("/dev/shm") if each.startswith("hpccomm")]
-    return {"bytes": resident_bytes(), "files": len(os.listdir("/proc/self/fd")), "shm": len(names)}
+    return {"bytes": resident_bytes(), "files": count_open_files(), "shm": len(names)}
 
 
 def call_blocking(program: Program) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi4py import MPI
+from open_files import count_open_files
 
 from hpccomm import ArgumentError, Communicator
 from hpccomm.calls.departures import Launchers
@@ -375,15 +376,11 @@ def test_what_a_view_needs_is_freed_with_its_array(comm: Communicator) -> None:
         comm.Allreduce_view(x)
 
     make_view()
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_open_files()
     for _ in range(20):
         make_view()
     gc.collect()
-    counts = []
-    while not counts or (counts[-1] > before and len(counts) < 20):  # the watchdog opens files for a moment
-        counts.append(len(os.listdir("/proc/self/fd")))
-        time.sleep(0.01)
-    assert min(counts) <= before
+    assert count_open_files() <= before
 
 
 @pytest.mark.mpi(sizes=(1, 2))
