@@ -311,13 +311,10 @@ class Communicator(MPI.Intracomm):
     def _run_uncached(
         self, code: int, name: str, buffers: tuple[Any, ...], rest: tuple[Any, ...], stream: Any = None
     ) -> None:
-        """Run a call that its door has answered with ``code``: by a plan for its memory, bounce buffers or a new plan.
+        """Run a call that its door has left with ``code``: by a plan for its memory, bounce buffers or a new plan.
 
         ``rest`` are the arguments of its signature, and at last the algorithm.
         """
-        if code < NOT_MINE:
-            self.plans.entry.resume(code)  # type: ignore[union-attr]
-            return None
         if stream is not None:
             buffers = self._planner.attach_stream(stream, *buffers)
         with self.context.call(name, *buffers) as recorded:
@@ -367,6 +364,9 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Go on with a call that its door has answered with ``code``; ``arguments`` are those of its signature."""
         form = SIGNATURES[name]
+        if code < NOT_MINE:
+            self.plans.entry.resume(code)  # type: ignore[union-attr]
+            return None
         if code > MISS:
             given = [each for each, blocks in zip(buffers, form[:2], strict=True) if blocks != NONE]
             return self._run_native(code, name, *given, *arguments)

@@ -11,7 +11,7 @@ from hpccomm.calls import operations
 from hpccomm.calls.blocks import NONE, ONE, PARTS
 from hpccomm.calls.buffers import Buffer, apply_displacement
 from hpccomm.calls.call import Call
-from hpccomm.calls.plans import NativeCall, Plan
+from hpccomm.calls.plans import COUNT_ARGUMENTS, NativeCall, Plan
 from hpccomm.kernels.entry.records import INT_MAX
 from hpccomm.transports.mpi import as_word, function_address
 
@@ -27,13 +27,13 @@ ONE_VECTOR, TWO_VECTORS = (
     ("send", "recv", "count", "type", "op"),
     ("send", "count", "type", "recv", "recv_count", "type"),
 )
-SENT_BLOCKS, RECEIVED_BLOCKS = ("sent_counts", "sent_places"), ("received_counts", "received_places")
+SENT_BLOCKS, RECEIVED_BLOCKS = COUNT_ARGUMENTS[:2], COUNT_ARGUMENTS[2:]
 C_ARGUMENTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("Allreduce", "Reduce_scatter_block", "Scan", "Exscan"), ONE_VECTOR),
     **dict.fromkeys(("Allgather", "Alltoall"), TWO_VECTORS),
     **dict.fromkeys(("Gather", "Scatter"), (*TWO_VECTORS, "root")),
     "Reduce": (*ONE_VECTOR, "root"),
-    "Reduce_scatter": ("send", "recv", "received_counts", "type", "op"),
+    "Reduce_scatter": ("send", "recv", RECEIVED_BLOCKS[0], "type", "op"),
     "Bcast": ("recv", "count", "type", "root"),
     "Barrier": (),
     "Allgatherv": ("send", "count", "type", "recv", *RECEIVED_BLOCKS, "type"),

@@ -28,7 +28,7 @@ from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.consistency import EnteredCall
 from hpccomm.calls.fingerprint import template_digest
 from hpccomm.calls.operations import SUM_OF_AVERAGE, SUM_OF_SCALED
-from hpccomm.calls.plans import NativeCall
+from hpccomm.calls.plans import COUNT_ARGUMENTS, NativeCall
 from hpccomm.collectives import ALGORITHMS as SCHEDULES
 from hpccomm.errors import ArgumentError, HpccommError, TransportError
 from hpccomm.kernels import objects
@@ -430,8 +430,6 @@ class Entry:
         return Amounts(sends, receives)
 
 
-COUNT_ARGUMENTS = ("sent_counts", "sent_places", "received_counts", "received_places")
-"""Arguments of MPI's functions: integers that the entry writes at every call."""
 ROW_KEY = Key._fields[:5]
 """The fields by which a row is found; the others differ between the calls of a kind."""
 

@@ -35,6 +35,10 @@ class NativeCall(NamedTuple):
     """Its arguments as words; those that vary by their names in :data:`hpccomm.backends.native.C_ARGUMENTS`."""
 
 
+COUNT_ARGUMENTS = ("sent_counts", "sent_places", "received_counts", "received_places")
+"""Arguments of MPI's functions: an integer for each rank, which the compiled entry writes at every call."""
+
+
 @dataclass(slots=True, eq=False)
 class Plan:
     """A call that is ready to run; on messages it runs a :class:`hpccomm.collectives.engine.BoundSchedule`."""
