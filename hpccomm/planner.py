@@ -342,12 +342,14 @@ class Planner(Member):
             with table.entered:
                 table.begin(word, amounts)
                 table.compare_nodes(amounts)
-                if not (synchronises or lockstep):
+                if not lockstep:
                     table.stay_in_reach(amounts)
+                if not (synchronises or lockstep):
                     table.compare_entries()
                 context.announce_code()
                 if lockstep:
                     meet()
+                    table.complete(amounts)
                     table.compare_entries()
                 body()
                 if synchronises and context.awaits_code:

@@ -350,7 +350,7 @@ def test_missing_ranks_are_those_that_have_not_entered(node: MakeTables) -> None
     assert tables[0].missing_ranks() == [1]
 
 
-@pytest.mark.parametrize(("amounts", "reach"), [(None, consistency.CALLS), (Amounts((1, 1), (1, 1)), AMOUNT_CALLS)])
+@pytest.mark.parametrize(("amounts", "reach"), [(None, consistency.CALLS - 1), (Amounts((1, 1), (1, 1)), AMOUNT_CALLS)])
 def test_no_rank_leaves_the_reach_of_another_one(node: MakeTables, amounts: Amounts | None, reach: int) -> None:
     """In calls that wait for nobody it stops before it would overwrite what the other one has to compare."""
     ahead, behind = node(2)
@@ -380,6 +380,25 @@ def test_no_rank_leaves_the_reach_of_another_one(node: MakeTables, amounts: Amou
     follow(2 * reach + 1)
     thread.join(10)
     assert len(made) == 3 * reach
+
+
+def test_amounts_are_overwritten_only_when_they_have_been_compared(node: MakeTables) -> None:
+    """A rank that is in a call reads what another one has sent in it, however far that one has gone on."""
+    ahead, behind = node(2)
+    fingerprint, amounts = ahead.announce(ROOT_0), [Amounts((k, k), (k, k)) for k in range(AMOUNT_CALLS + 2)]
+    behind.begin(behind.announce(ROOT_0), amounts[1])
+    for each in amounts[1:-1]:
+        with ahead.entered:
+            ahead.enter(fingerprint, each)
+    ahead.begin(fingerprint, amounts[-1])
+    assert ahead._words[ahead._find_amounts(ahead._base, 1)] == 1
+    behind.compare_entries()
+    behind.leave()
+    for each in amounts[2:]:
+        with behind.entered:
+            behind.enter(fingerprint, each)
+    ahead.stay_in_reach(amounts[-1])
+    ahead.leave()
 
 
 def test_a_fingerprint_can_be_decoded_and_its_digest_fits_a_tag() -> None:

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 from open_files import count_open_files
 
-from hpccomm import ArgumentError, Communicator
+from hpccomm import ArgumentError, Communicator, planner
 from hpccomm.calls.departures import Launchers
 from hpccomm.observe.processes import find_process
 from hpccomm.testing.jobs import run_under_mpi, start
@@ -297,6 +298,21 @@ def test_a_legal_call_that_looks_like_a_mistake_passes(comm: Communicator, cousi
     for _ in range(4):
         LEGAL[cousin](comm)
     comm.Barrier()
+
+
+@pytest.mark.mpi(sizes=(3, 5))
+@pytest.mark.parametrize("name", ["Scatterv", "Gatherv"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_rank_that_runs_ahead_is_no_mistake(comm: Communicator, name: str, compiled: bool) -> None:
+    """Ranks that wait for nobody write the amounts of later calls while others still compare those of earlier ones."""
+    parts = [np.full(k, comm.rank, "i8") for k in range(11)]
+    wholes = [[np.zeros(k * comm.size, "i8"), [k] * comm.size] for k in range(11)]
+    own = Communicator(comm)
+    with mock.patch.object(planner, "why_no_entry", wraps=planner.why_no_entry if compiled else lambda size: "a test"):
+        own.Barrier()
+    for call in range(20_000):
+        part, whole = parts[call % 11], wholes[call % 11] if comm.rank == 0 else None
+        own.Scatterv(whole, part) if name == "Scatterv" else own.Gatherv(part, whole)
 
 
 @pytest.mark.mpi(sizes=(1, 2, 3))

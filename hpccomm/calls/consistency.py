@@ -209,16 +209,30 @@ class ConsistencyTable:
 
     def stay_in_reach(self, amounts: Amounts | None = None) -> None:
         """Wait for members that are so far behind that this rank would overwrite what they have to compare."""
-        seq, reach = self._seq, AMOUNT_CALLS - 1 if amounts else CALLS // 2
-        if (amounts or seq % reach == 0) and any(abs(self._words[peer + STATUS]) < seq - reach for peer in self._peers):
+        if self._is_out_of_reach(self._seq, amounts):
             self.wait()
+        self.complete(amounts)
+
+    def _is_out_of_reach(self, seq: int, amounts: Amounts | None) -> bool:
+        """Whether a member is that far behind call ``seq``.
+
+        Amounts would be overwritten by that call, entries by those until the next that asks.
+        """
+        reach, last = (AMOUNT_CALLS - 1, seq) if amounts else (CALLS // 2, seq + 1)
+        asks = amounts or last % reach == 0
+        return bool(asks) and any(abs(self._words[peer + STATUS]) + reach < last for peer in self._peers)
+
+    def complete(self, amounts: Amounts | None) -> None:
+        """Write the amounts of this call, in reach of all members now, if :meth:`begin` has not."""
+        if amounts and self._words[self._find_amounts(self._base, self._seq)] != self._seq:
+            self._write_amounts(self._seq, amounts)
 
     def begin(self, word: int, amounts: Amounts | None = None) -> None:
         """Enter a call without comparing it."""
         self.settle()
         words, seq = self._words, self._seq + 1
-        if amounts:
-            self.write_amounts(seq, amounts)
+        if amounts and not self._is_out_of_reach(seq, amounts):
+            self._write_amounts(seq, amounts)
         words[self._base + COUNTS + seq % CALLS] = word >> COUNT_SHIFT
         words[self._base + seq % CALLS] = (seq << DIGEST_BITS) | (word & DIGEST_MASK)
         words[self._base + STATUS] = seq
@@ -279,13 +293,13 @@ class ConsistencyTable:
                     self.compare(mine, theirs, peer)
                 self.compare_amounts(peer)
 
-    def find_amounts(self, row: int, seq: int) -> int:
+    def _find_amounts(self, row: int, seq: int) -> int:
         """Where the amounts of a rank's call are: its number, what it sends to each member, what it receives."""
         return row + FIRST_AMOUNTS + seq % AMOUNT_CALLS * (1 + 2 * len(self.members))
 
-    def write_amounts(self, seq: int, amounts: Amounts) -> None:
+    def _write_amounts(self, seq: int, amounts: Amounts) -> None:
         """Write what this rank sends to each rank of this node in call ``seq``, and receives from each."""
-        start, number = self.find_amounts(self._base, seq), len(self.members)
+        start, number = self._find_amounts(self._base, seq), len(self.members)
         self._words[start] = 0
         for k, rank in enumerate(self.members):
             self._words[start + 1 + k] = amounts.sends[rank]
@@ -295,7 +309,7 @@ class ConsistencyTable:
     def compare_amounts(self, peer: int) -> None:
         """Raise if a rank of this node sends another amount than this one receives from it, or the other way round."""
         words, seq, number = self._words, self._seq, len(self.members)
-        mine, theirs = self.find_amounts(self._base, seq), self.find_amounts(peer, seq)
+        mine, theirs = self._find_amounts(self._base, seq), self._find_amounts(peer, seq)
         if words[mine] != seq or words[theirs] != seq:
             return
         me, member = self._base // self._stride, peer // self._stride

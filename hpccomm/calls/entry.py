@@ -411,11 +411,13 @@ class Entry:
 
     def _settle(self, code: int) -> None:
         """Wait for the other ranks, where the entry has not, and compare their calls with this rank's."""
+        amounts = self._read_amounts()
         if code >= BEFORE_NATIVE:
             self._meeting.resume(code - BEFORE_NATIVE)
         if code == LATE:
-            self._table.compare_nodes(self._read_amounts())
+            self._table.compare_nodes(amounts)
             self._table.wait()
+        self._table.complete(amounts)
         self._table.compare_entries()
 
     def _read_amounts(self) -> Amounts | None:

@@ -810,32 +810,40 @@ def start_native(entry, row):
     if load(entry + ENTRIES) == 0:
         return NATIVE
     fingerprint, own = fingerprint_word(row, load(entry + NBYTES)), own_row(entry)
-    number = abs(load(own + W * STATUS)) + 1
+    number, uneven = abs(load(own + W * STATUS)) + 1, load(row + ROW_UNEVEN) != 0
+    late = is_out_of_reach(entry, row, number)
     store(own + W * (COUNTS + number % CALLS), fingerprint >> COUNT_SHIFT)
-    if load(row + ROW_UNEVEN) != 0:
+    if uneven and not late:
         write_amounts(entry, row, number)
     store_release(own + W * (number % CALLS), number << DIGEST_BITS | (fingerprint & DIGEST_MASK))
     store_release(own + W * STATUS, number)
     if number & load(entry + COMPARES) == 0:
         return LATE
     if load(row + SYNCHRONISES) == 0:
-        return LATE if is_out_of_reach(entry, row, number) else compare_entries(entry)
+        return LATE if late else compare_entries(entry)
     if load(entry + MEETING) == 0:
         return LATE
     store(load(entry + MEETING) + CALL_FINGERPRINT, fingerprint)
     code = run(entry, load(entry + MEETING), load(entry + MEET), 0)
-    return compare_entries(entry) if code == DONE else BEFORE_NATIVE + code
+    if code != DONE:
+        return BEFORE_NATIVE + code
+    if uneven and late:
+        write_amounts(entry, row, number)
+    return compare_entries(entry)
 
 
 def is_out_of_reach(entry, row, number):
-    """Whether a rank is so far behind that this one would overwrite what it has to compare."""
+    """Whether a rank is so far behind that this one would overwrite what it has to compare.
+
+    Amounts would be overwritten by this call, entries by those until the next that asks.
+    """
     even = load(row + ROW_UNEVEN) == 0
-    reach = CALLS >> 1 if even else AMOUNT_CALLS - 1
-    if even and number & (reach - 1) != 0:
+    reach, last = (CALLS >> 1, number + 1) if even else (AMOUNT_CALLS - 1, number)
+    if even and last & (reach - 1) != 0:
         return False
     for k in range(load(entry + MEMBERS)):
         status = load_acquire(load(entry + ENTRIES) + load(entry + ROW_STRIDE) * k + W * STATUS)
-        if abs(status) + reach < number:
+        if abs(status) + reach < last:
             return True
     return False
 
