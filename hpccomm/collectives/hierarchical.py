@@ -23,7 +23,6 @@ steps.  Zhang et al., *MiCS: near-linear scaling for training gigantic model on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -42,7 +41,7 @@ from hpccomm.collectives.schedule import (
     members_of_nodes,
     select_peer,
 )
-from hpccomm.collectives.volume import FULL_VOLUME, HALF_VOLUME, Volume, ring_fraction
+from hpccomm.collectives.volume import FULL_VOLUME, HALF_VOLUME, Volume, divide, ring_fraction
 
 if TYPE_CHECKING:
     from hpccomm.layout import Link
@@ -395,7 +394,7 @@ def allreduce_volume(channels: Channels) -> Volume:
         "2(N-1)/N n/L",
         lambda p, _: 2 * (count - 1),
         lambda p, _: 2 * ring_fraction(count) / width,
-        lambda p, _: Fraction(2 * (count - 1)),
+        lambda p, _: 2 * (count - 1),
     )
 
 
@@ -407,6 +406,6 @@ def gather_volume(channels: Channels, width: int | None) -> Volume | None:
     return HALF_VOLUME._replace(
         text="(N-1)/p n",
         rounds=lambda p, _: count - 1,
-        busiest=lambda p, _: Fraction(count - 1, p),
-        total=lambda p, _: Fraction(count - 1),
+        busiest=lambda p, _: divide(count - 1, p),
+        total=lambda p, _: count - 1,
     )

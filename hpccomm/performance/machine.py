@@ -32,10 +32,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpccomm.layout import ETHERNET, SHARED_MEMORY, Link
-from hpccomm.performance.measured import CostCurve
+
+if TYPE_CHECKING:
+    from hpccomm.performance.measured import CostCurve
 
 
 class Machine(NamedTuple):

@@ -28,9 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.files import write_text
 from hpccomm.kernels import objects
-from hpccomm.kernels.shared_memory import probe as tasks
 from hpccomm.kernels.shared_memory.records import LINE, PROBE_RECORD, RING, fill
 from hpccomm.performance.machine import DEFAULTS, Probe, floor_power, parse_probe
 from hpccomm.performance.units import format_ranges
@@ -210,6 +208,8 @@ def alone(worker: Worker, task: int, repeats: int, **fields: int) -> int:
 
 def together(pair: Sequence[Worker], task: int, repeats: int, fields: Sequence[dict[str, int]]) -> int:
     """Nanoseconds of a task of two threads; FAILED if one has waited too long for the other."""
+    from hpccomm.kernels.shared_memory import probe as tasks
+
     for worker, other, more in zip(pair, reversed(pair), fields, strict=True):
         fill(worker.record, mine=worker.flag_address, theirs=other.flag_address, first=int(worker is pair[0]), **more)
         worker.flag[:] = 0
@@ -226,6 +226,8 @@ def list_pair_measurements(
     near: Sequence[Worker], far: Sequence[Worker], slot: int, vectors: Vectors
 ) -> Iterator[Measurement]:
     """What two threads measure."""
+    from hpccomm.kernels.shared_memory import probe as tasks
+
     nothing: list[dict[str, int]] = [{}, {}]
     if near:
         yield "line_ns", lambda: together(near, tasks.ECHOES, ECHOES, nothing), 2 * ECHOES
@@ -245,6 +247,8 @@ def list_pair_measurements(
 
 def list_measurements(worker: Worker, caches: Caches, vectors: Vectors) -> Iterator[Measurement]:
     """What one thread measures alone."""
+    from hpccomm.kernels.shared_memory import probe as tasks
+
     word = worker.flag_address
     yield "poll_ns", lambda: alone(worker, tasks.POLLS, POLLS, theirs=word), POLLS
     yield "yield_ns", lambda: alone(worker, tasks.YIELDS, YIELDS), YIELDS
@@ -397,6 +401,8 @@ def save(probe: Probe, cores: Iterable[int]) -> Path | None:
 
 def write_json(path: Path, data: Any) -> bool:
     """Write a file at once; False if the system refuses."""
+    from hpccomm.files import write_text
+
     try:
         write_text(path, json.dumps(data, indent=1) + "\n")
     except OSError:
