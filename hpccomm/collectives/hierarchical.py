@@ -367,23 +367,6 @@ def block_order(channels: Channels) -> BlockOrder:
     return BlockOrder(own_block, ends[np.arange(count)[:, None] * width + np.arange(width + 1)])
 
 
-def own_blocks(nodes: Any) -> Ints:
-    """``(p,)`` the block that each rank owns."""
-    return block_order(channels_of(nodes)).own_block
-
-
-def reorder_by_rank(blocks: npt.NDArray[Any], nodes: Any) -> npt.NDArray[Any]:
-    """The blocks of an allgather in the order of ranks, as a new array; ``blocks`` has a row a block."""
-    return blocks[own_blocks(nodes)]
-
-
-def reorder_by_block(blocks: npt.NDArray[Any], nodes: Any) -> npt.NDArray[Any]:
-    """Blocks in the order of ranks as a reduce-scatter numbers them, as a new array; ``blocks`` has a row a block."""
-    ordered = np.empty_like(blocks)
-    ordered[own_blocks(nodes)] = blocks
-    return ordered
-
-
 # --- volumes --------------------------------------------------------------------------------------
 
 

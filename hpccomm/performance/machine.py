@@ -177,7 +177,6 @@ LIMITS = {
 }
 """The least and the largest value of a parameter, whatever a probe says."""
 NEVER = 1 << 62
-SPIN_NS = 60_000
 SINGLE_COPIES = tuple(name for name in Parameters._fields if "single_copy" in name)
 
 
