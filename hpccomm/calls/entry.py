@@ -208,6 +208,7 @@ class Entry:
             for name in ("pending", "event")
         )
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
+        fill(self._record, row=self._no_row.ctypes.data)
         fill(self._record, blocks=self._blocks.ctypes.data, counts=self._counts.ctypes.data, **recorded)
         fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
         if memory:
