@@ -120,7 +120,7 @@ def read_attribute(file: str | Path) -> str:
     try:
         with open(file, encoding="utf-8") as opened:
             return opened.read().strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return ""
 
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import verifiable
 from mpi4py import MPI
 from open_files import count_open_files
 
 from hpccomm import Communicator
-from hpccomm.testing import verifiable
 
 CALLS = 3_000
 """Each of the four communicators gets about 750: several times as many as the plans that it caches."""
