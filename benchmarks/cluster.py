@@ -72,16 +72,18 @@ def measure_shape(shape: harness.Shape, args: argparse.Namespace, mpi: str) -> d
             if done.returncode:
                 raise harness.LaunchError(f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
         settings = {} if args.untuned else {"HPCCOMM_TUNING": str(tuning)}
-        launches = [(args.algorithm, settings, "")]
+        launches = [(args.algorithm, harness.on_cluster(cluster, shape, settings), "")]
         if mpi == "Open MPI":
-            launches.append(("native", {**settings, **HAN}, "native, han"))
+            launches.append(("native", harness.on_cluster(cluster, shape, {**settings, **HAN}), "native, han"))
         if args.against:
-            before = {**settings, "PYTHONPATH": str(args.against.resolve())}
-            launches += [("auto", env, name) for env, name in zip((before, settings, settings), VERSIONS, strict=True)]
+            trees = zip((args.against, None, None), VERSIONS, strict=True)
+            launches += [
+                ("auto", harness.on_cluster(cluster, shape, settings, tree=tree), name) for tree, name in trees
+            ]
         rows = []
         for number in range(args.rounds):
-            for names, env, title in launches:
-                for row in launch_bench(harness.on_cluster(cluster, shape, env), names, args):
+            for names, run, title in launches:
+                for row in launch_bench(run, names, args):
                     kept = {key: row[key] for key in ("bytes", "p50_us", "predicted_us")}
                     rows.append({"round": number, "algorithm": title or row["algorithm"], **kept})
         streams = [measure_stream(cluster) for _ in range(3)]

@@ -146,12 +146,20 @@ def on_node(ranks: int, environment: str | Path = "", env: Mapping[str, str] | N
     )
 
 
-def on_cluster(cluster: Cluster, shape: Shape, env: Mapping[str, str] | None = None, timeout: float = 900) -> Runner:
-    """Launches on the nodes of a virtual cluster."""
+def on_cluster(
+    cluster: Cluster,
+    shape: Shape,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 900,
+    tree: Path | None = None,
+) -> Runner:
+    """Launches on the nodes of a virtual cluster; with the package of another ``tree``, which is the working folder.
+
+    ``python -m`` imports from there before it looks anywhere else.
+    """
+    more: dict[str, Any] = {"capture_output": True, "text": True, "timeout": timeout, "cwd": tree}
     settings = {"OMP_NUM_THREADS": "1", **(env or {})}
-    return lambda program: cluster.run(
-        program, shape.per_node, shape.placement, env=settings, capture_output=True, text=True, timeout=timeout
-    )
+    return lambda program: cluster.run(program, shape.per_node, shape.placement, env=settings, **more)
 
 
 def launch(run: Runner, program: Sequence[str], flag: str = "--json") -> Any:

@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from hpccomm.calls.buffers import address_of
 from hpccomm.collectives.engine import Combine, Vector
-from hpccomm.collectives.records import Program
+from hpccomm.collectives.records import Meeting, Program
 from hpccomm.kernels import objects
 from hpccomm.kernels.interpreter.records import (
     COMBINE,
@@ -24,9 +24,11 @@ from hpccomm.kernels.interpreter.records import (
     MEETING,
     MEETING_RECORD,
     NODE,
+    REDUCE,
     RUN_RECORD,
     SPARE,
     STRAY,
+    VECTOR,
 )
 from hpccomm.kernels.shared_memory.collectives import RETRY
 from hpccomm.kernels.shared_memory.records import fill
@@ -57,11 +59,20 @@ class CompiledSchedule:
         self.buffers = [vector, source, self.spare]
         self.requests = np.zeros(program.requests, np.int64)
         self.status = MPI.Status()
-        calls = [(each.kernel_address, each.address) for each in meetings]
-        self.calls = np.array(calls, MEETING_RECORD)
+        places = zip(meetings, program.meetings, strict=True)
+        self.calls = np.array([self.place(*each) for each in places], MEETING_RECORD)
         self.run = np.zeros((), RUN_RECORD)
         self.address = int(self.run.ctypes.data)
         self.fill(fold, digest % transport.tags)
+
+    def place(self, call: Any, meeting: Meeting) -> tuple[int, ...]:
+        """The record of a node step whose call was bound to the buffers of this schedule."""
+        operand = meeting.operand if meeting.collective == "reduce_scatter" else VECTOR
+        read, written = self.buffers[operand], self.buffers[VECTOR]
+        assert read is not None
+        assert written is not None
+        at = int(call.call["send"]) - address_of(read), int(call.call["recv"]) - address_of(written)
+        return (call.kernel_address, call.address, operand, *at)
 
     def fill(self, fold: int, tag: int) -> None:
         """Write what the compiled code reads."""
@@ -79,10 +90,37 @@ class CompiledSchedule:
         status, (offset, shift) = MPI._addressof(self.status), tag_place()
         fill(run, status=status, tag_word=status + offset, tag_half=shift)
 
+    @property
+    def needs_python(self) -> bool:
+        """Whether Python reduces."""
+        return not self.run["fold"] and bool((self.program.records["kind"] == REDUCE).any())
+
+    @property
+    def kernel_address(self) -> int:
+        """The address of the interpreter's machine code."""
+        return objects.address("interpret")
+
+    def copy(self, *given: int) -> CompiledSchedule:
+        """The same with memory of its own, except for the buffers at the addresses ``given``, which it must be told."""
+        vector, source = (
+            each if each is None else each[:0] if address_of(each) in given else each.copy()
+            for each in self.buffers[:2]
+        )
+        assert vector is not None
+        meetings, fold, tag = [each.copy() for each in self.meetings], int(self.run["fold"]), int(self.run["tag"])
+        made = CompiledSchedule(self.program, vector, source, self.transport, tag, fold, self.combine, meetings)
+        for name in ("operand", "send_at", "recv_at"):
+            made.calls[name] = self.calls[name]
+        return made
+
     def __call__(self) -> None:
         """Run it once."""
+        self.resume()
+
+    def resume(self, code: int | None = None, *given: Any) -> None:
+        """Go on with it after compiled code has answered ``code``; ``given`` is kept while messages are pending."""
         try:
-            code, began, number = self.kernel(self.address), 0.0, -1
+            code, began, number = self.kernel(self.address) if code is None else code, 0.0, -1
             while code != DONE:
                 if number != self.run["next"]:
                     began, number = time.monotonic(), int(self.run["next"])
@@ -90,6 +128,7 @@ class CompiledSchedule:
                 code = self.kernel(self.address)
         except BaseException as error:
             self.abandon(error)
+            KEPT.append(given)
             raise
 
     def go_on(self, code: int, seconds: float) -> None:

@@ -6,6 +6,7 @@ Steps are lowered to records (:mod:`hpccomm.collectives.lowering`); what is prov
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from hpccomm.backends.interpreter import CompiledSchedule
 from hpccomm.calls import operations
 from hpccomm.calls.buffers import address_of
 from hpccomm.calls.call import Call
-from hpccomm.calls.plans import Plan, Run, compose
+from hpccomm.calls.plans import Plan, RecordCall, Run, compose
 from hpccomm.collectives.engine import Action, BoundSchedule, Combine, Vector, bind_program
 from hpccomm.collectives.hierarchical import Form
 from hpccomm.collectives.lowering import Layout, Pipeline, lower
@@ -33,6 +34,9 @@ IDLE_SECONDS = 2e-3
 StallHandler = Callable[[float, list[int]], None]
 """``handler(seconds, missing)`` is called while ranks of the node are missing from a call in shared memory."""
 
+
+LONGEST_ROW = 1 << 16
+"""Up to so many bytes compiled code makes a call by itself; what Python adds to a longer one is less than its noise."""
 
 SEGMENT_BYTES = 1 << 17
 """Length of a segment in chains and trees when the tuning table names none."""
@@ -69,10 +73,17 @@ class OnMessages(Backend):
         steps = form.algorithm.steps(call.rank, call.size, *(() if call.root is None else (call.root,)))
         steps = steps if shared else without_node_steps(steps, call.rank)
         layout = Layout(work.vector.size, work.vector.itemsize, form.algorithm.blocks(call.size), work.cuts)
-        program = lower(steps, call.rank, layout, form.pipeline, work.source is not None, work.due)
+        program = lower(steps, call.rank, layout, form.pipeline, work.source is not None and not work.enters, work.due)
+        if work.enters:
+            program = program.after_copy(*work.enters)
         reduction = None if op is None else Reduction(operations.combiner(op, kind), kind, call.op_name)
         bound = schedules.bind(program, work.vector, work.source, reduction, call.fingerprint.digest)
-        return Plan(compose([call.before, work.before, bound, work.after, call.after]), bound.free)
+        acts = [act for act in (call.before, work.before, bound, work.after, call.after) if act]
+        plain = acts == [bound] and call.nbytes <= LONGEST_ROW and not self.planner.in_lockstep
+        row = None
+        if plain and isinstance(bound, CompiledSchedule) and not bound.needs_python:
+            row = RecordCall(call.fingerprint.word, bound, call.signature.synchronises)
+        return Plan(compose(acts), bound.free, row=row)
 
     def form_of(self, call: Call, nbytes: int, shared: bool) -> Form:
         """What runs for a choice: its algorithm, in segments where they make it faster."""
@@ -89,11 +100,13 @@ class Workspace(NamedTuple):
 
     vector: Vector
     source: Vector | None = None
-    """The operand of a reduction, where it is not in the vector."""
+    """The operand of a reduction, where it is not in the vector; or what is copied into it first."""
     cuts: list[int] | None = None
     """The offsets of blocks."""
     due: tuple[int, int] | None = None
     """The elements of the vector that are read afterwards; by default all."""
+    enters: tuple[int, int] | None = None
+    """The byte of the vector to which the source is copied first, and how many bytes."""
     before: Run | None = None
     after: Run | None = None
     """Copies to the vector and from it."""
@@ -123,7 +136,8 @@ def reduce_blocks(call: Call, algorithm: Algorithm) -> Workspace:
     sorts = order != sorted(order)
     copy_in = copier(zip(parts, (source[slice(*blocks[rank])] for rank in order), strict=True)) if sorts else None
     block = work[slice(*due)]
-    return Workspace(work, None if copy_in else source, cuts, due, copy_in, lambda: np.copyto(into, block))
+    copy_out = partial(np.copyto, into, block)
+    return Workspace(work, None if copy_in else source, cuts, due, before=copy_in, after=copy_out)
 
 
 def gather_blocks(call: Call, algorithm: Algorithm) -> Workspace:
@@ -133,12 +147,12 @@ def gather_blocks(call: Call, algorithm: Algorithm) -> Workspace:
     cuts, block = cuts_of(counts, order), order.index(call.rank)
     in_order = [displs[rank] for rank in order] == cuts[:-1]
     work = recv.vector(cuts[-1]) if in_order else np.empty(cuts[-1], recv.dtype)
-    mine = work[cuts[block] : cuts[block + 1]]
     source = recv.vector(counts[call.rank], displs[call.rank]) if call.in_place else send.vector(send.elements)
-    copy_in = None if call.in_place and in_order else lambda: np.copyto(mine.view("u1"), source.view("u1"))
+    first, end = cuts[block] * work.itemsize, cuts[block + 1] * work.itemsize
+    enters = None if (call.in_place and in_order) or first == end else (first, end - first)
     places = [recv.vector(counts[rank], displs[rank]) for rank in order]
     copy_out = None if in_order else copier(zip(places, (work[lo:hi] for lo, hi in pairwise(cuts)), strict=True))
-    return Workspace(work, None, cuts, None, copy_in, copy_out)
+    return Workspace(work, source.view("u1").view(work.dtype) if enters else None, cuts, None, enters, after=copy_out)
 
 
 WORKSPACES: dict[str, Callable[[Call, Algorithm], Workspace]] = {

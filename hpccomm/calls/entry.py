@@ -28,7 +28,7 @@ from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.consistency import EnteredCall
 from hpccomm.calls.fingerprint import template_digest
 from hpccomm.calls.operations import SUM_OF_AVERAGE, SUM_OF_SCALED
-from hpccomm.calls.plans import COUNT_ARGUMENTS, NativeCall
+from hpccomm.calls.plans import COUNT_ARGUMENTS, NativeCall, RecordCall
 from hpccomm.collectives import ALGORITHMS as SCHEDULES
 from hpccomm.errors import ArgumentError, HpccommError, TransportError
 from hpccomm.kernels import objects
@@ -39,10 +39,15 @@ from hpccomm.kernels.entry.records import (
     BEFORE_NATIVE,
     CHECK_MASK,
     CHECK_PRIME,
+    COMPARED_AFTERWARDS,
+    COMPARED_AT_ENTRY,
+    COMPARED_TOGETHER,
     COUNT_CHECK,
     COUNTS_GIVEN,
     ENTRY_RECORD,
     FAILED,
+    FROM_RECEIVED,
+    FROM_SENT,
     INTERRUPTED,
     IS_SENT_AT_ROOT,
     LATE,
@@ -55,6 +60,7 @@ from hpccomm.kernels.entry.records import (
     RECEIVES_AT_ROOT,
     SENDS_AT_ROOT,
     SENT_UNEVEN,
+    UNFINISHED,
 )
 from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
@@ -63,7 +69,7 @@ from hpccomm.observe.flight_recorder import recorder
 
 MAX_RANKS = 256
 """Python has one object each for the integers up to 256, so a root is recognised by its address."""
-FIRST_ROWS, MAX_ROWS = 64, 4096
+FIRST_ROWS, MAX_ROWS, MAX_RECORD_ROWS = 64, 4096, 256
 DTYPE_CHARS = "?bhilqBHILQefdgFDG"
 
 Door = Callable[..., Any]
@@ -202,6 +208,7 @@ class Entry:
             for name in ("pending", "event")
         )
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
+        fill(self._record, row=self._no_row.ctypes.data)
         fill(self._record, blocks=self._blocks.ctypes.data, counts=self._counts.ctypes.data, **recorded)
         fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
         if memory:
@@ -212,7 +219,7 @@ class Entry:
             self._entered = EnteredCall(table, self._leave_native, self._clear_pending)
             self._members = np.array(table.members, np.int64)
             fill(self._record, **table.place, member_ranks=self._members.ctypes.data)
-            fill(self._record, compares=table.between.mask if table.between else -1)
+            fill(self._record, between=table.between.mask if table.between else -1)
         if meeting:
             fill(self._record, meeting=meeting.address, meet=meeting.kernel_address)
         self.clear()
@@ -230,7 +237,8 @@ class Entry:
         """Forget all rows."""
         self._calls: list[Any] = []
         self._places: list[npt.NDArray[np.int64]] = []
-        self._layouts: set[int] = set()
+        self._seen: set[tuple[int, ...]] = set()
+        """Kinds of calls of one layout or length that this rank has made once."""
         self._keys: list[tuple[Key, dict[str, int]]] = []
         self._resize(FIRST_ROWS)
 
@@ -251,23 +259,26 @@ class Entry:
 
         ``text`` names them in the flight recorder.
         """
-        if key.layout and key.layout not in self._layouts:
-            if len(self._layouts) >= MAX_ROWS:
-                self._layouts.clear()
-            self._layouts.add(key.layout)
-            return  # many programs use one layout once
+        by_records = isinstance(call, RecordCall)
+        exact = bool(key.layout) or by_records
+        if exact and self._is_first(key):
+            return  # many programs use one layout or length once
         name, item = COLLECTIVES[key.kind & 0xFF], self._items[key.kind >> records.TOKEN_BITS]
         blocks = 1 if name in ONE_BLOCK else max(1, self._facts[name]["recv_blocks"]) * (name not in UNCOUNTED)
-        values = self._native_values(call, name, item) if isinstance(call, NativeCall) else shared_values(call, key)
+        if isinstance(call, NativeCall):
+            values = self._native_values(call, name, item)
+        else:
+            values = record_values(call, key) if by_records else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
         first, last = class_lengths(key.nbytes)
         least, most = max(call.lengths[0], first), min(call.lengths[1], last)
-        if key.layout:
+        if exact:
             least = most = item = key.nbytes  # the row takes this one length, whatever is counted
             blocks = count
         if count != key.nbytes // item * blocks or not least <= key.nbytes <= most:
             return
-        if len(self._keys) >= MAX_ROWS:
+        rows = [each for _, each in self._keys if not by_records or each["backend"] == records.BY_RECORDS]
+        if len(rows) >= (MAX_RECORD_ROWS if by_records else MAX_ROWS):
             self.clear()
         values |= {"text": text, "least": least, "most": most, "item": item, "blocks": blocks, "template": template}
         values |= {"number": len(self._calls), **{name: getattr(key, name) for name in ROW_KEY}}
@@ -275,7 +286,7 @@ class Entry:
             root = next((rank for rank in range(len(self._blocks) // 4) if id(rank) == key.root), -1)
             values |= {"uneven": self._facts[name]["uneven"] & (SENT_UNEVEN | RECEIVED_UNEVEN), "root_rank": root}
         if not isinstance(call, NativeCall):
-            own = call.copy()
+            own = call.schedule.copy(key.send, key.recv) if by_records else call.copy()
             self._calls.append(own)
             values |= {"call": own.address, "kernel": own.kernel_address, "last": key.nbytes if key.layout else -1}
         if key.layout:
@@ -288,6 +299,16 @@ class Entry:
         else:
             self._write_row(key, values)
 
+    def _is_first(self, key: Key) -> bool:
+        """Whether this rank has made no call of this kind, layout and length before."""
+        seen = key[: Key._fields.index("send")]
+        if seen in self._seen:
+            return False
+        if len(self._seen) >= MAX_ROWS:
+            self._seen.clear()
+        self._seen.add(seen)
+        return True
+
     def _native_values(self, call: NativeCall, name: str, item: int) -> dict[str, Any]:
         """The fields of the row for one of MPI's own collectives, whose elements have ``item`` bytes."""
         counts = dict(zip(COUNT_ARGUMENTS, self._counts, strict=True))
@@ -297,7 +318,7 @@ class Entry:
         return {
             "fingerprint": call.word,
             "backend": records.BY_MPI,
-            "synchronises": int(call.synchronises),
+            "compares": COMPARED_TOGETHER if call.synchronises else COMPARED_AT_ENTRY,
             "function": call.function,
             "unit": item,
             "splits": self._facts[name]["uneven"],
@@ -320,19 +341,36 @@ class Entry:
             self.check_interrupted()
         if answer in (FAILED, LEAVING):
             native, arguments = self._check_failure, ()
+        elif self._read_row("backend") == records.BY_RECORDS:
+            native, arguments = self._run_records, (answer, arguments)
         try:
             if self._table is None:
                 result = native(*arguments)
                 self._leave()
                 return result
             with self._entered:
-                if answer not in (NATIVE, FAILED, LEAVING):
+                if answer not in (NATIVE, FAILED, LEAVING, UNFINISHED):
                     self._settle(answer)
                 result = native(*arguments)
             return result
         except BaseException:
             self._end_event()
             raise
+
+    def _read_row(self, name: str) -> int:
+        """A field of the row of the running call."""
+        return load(int(self._record["row"]) + offset_of(records.ROW_RECORD, name))
+
+    def _run_records(self, answer: int, buffers: tuple[Any, ...]) -> None:
+        """Run the records of the row on the call's ``buffers``, or go on with them."""
+        code = int(self._record["failure"]) if answer == UNFINISHED else None
+        self._calls[self._read_row("number")].resume(code, *buffers)
+        self._copy_short()
+
+    def _copy_short(self) -> None:
+        """Copy the result of a call whose receive buffer ends before the padding of its last pair."""
+        if self._record["short"]:
+            ctypes.memmove(*(int(self._record[name]) for name in ("short", "recv", "short_bytes")))
 
     def _check_failure(self) -> None:
         """Raise if MPI has returned an error to the compiled entry."""
@@ -380,9 +418,9 @@ class Entry:
 
     def resume(self, code: int) -> None:
         """Continue a call in shared memory whose kernel has ended with ``code``, which its door has returned."""
-        row, self._resumes = int(self._record["row"]), True
+        self._resumes = True
         try:
-            self._calls[load(row + offset_of(records.ROW_RECORD, "number"))].resume(code)
+            self._calls[self._read_row("number")].resume(code)
         except HpccommError:
             self._pending.value = 0
             raise
@@ -390,8 +428,7 @@ class Entry:
             self._resumes = False
             self._end_event()
         self._pending.value = 0
-        if self._record["short"]:
-            ctypes.memmove(*(int(self._record[name]) for name in ("short", "recv", "short_bytes")))
+        self._copy_short()
 
     def check_interrupted(self) -> None:
         """Raise if a call is made inside another one, or if an exception, such as Ctrl-C, has ended the last one."""
@@ -422,9 +459,9 @@ class Entry:
 
     def _read_amounts(self) -> Amounts | None:
         """What the running call sends to each rank and receives from each, if that may differ between ranks."""
-        entry, row, size = self._record.ctypes.data, int(self._record["row"]), int(self._record["size"])
-        if not load(row + offset_of(records.ROW_RECORD, "uneven")):
+        if not self._read_row("uneven"):
             return None
+        entry, row, size = self._record.ctypes.data, int(self._record["row"]), int(self._record["size"])
         sends, receives = (
             tuple(body.amount(entry, row, side, rank) for rank in range(size))  # type: ignore[no-untyped-call]
             for side in (body.SENT, body.RECEIVED)
@@ -446,6 +483,19 @@ def hash_words(*key: int) -> int:
     """The hash with which the entry looks up up to four words."""
     words = (*key, 0, 0, 0)[:4]
     return int(body.hash_words(*words))  # type: ignore[no-untyped-call]
+
+
+def record_values(call: RecordCall, key: Key) -> dict[str, int]:
+    """The fields of the row for a call that records run."""
+    at = {key.recv: FROM_RECEIVED, key.send: FROM_SENT} if key.send != key.recv else {key.recv: FROM_RECEIVED}
+    vector, source = (at.get(int(call.schedule.run[name]), 0) for name in ("vector", "source"))
+    return {
+        "fingerprint": call.word,
+        "backend": records.BY_RECORDS,
+        "compares": COMPARED_AFTERWARDS if call.synchronises else COMPARED_AT_ENTRY,
+        "vector": vector,
+        "source": source,
+    }
 
 
 def shared_values(call: Any, key: Key) -> dict[str, int]:

@@ -35,6 +35,18 @@ class NativeCall(NamedTuple):
     """Its arguments as words; those that vary by their names in :data:`hpccomm.backends.native.C_ARGUMENTS`."""
 
 
+class RecordCall(NamedTuple):
+    """A kind of call that records run: what the compiled entry must know to run it on other memory."""
+
+    word: int
+    """The word of its fingerprint."""
+    schedule: Any
+    """The :class:`hpccomm.backends.interpreter.CompiledSchedule`."""
+    synchronises: bool
+    """Whether no rank completes the call before all have begun it."""
+    lengths: tuple[int, int] = (0, 1 << 62)
+
+
 COUNT_ARGUMENTS = ("sent_counts", "sent_places", "received_counts", "received_places")
 """Arguments of MPI's functions: an integer for each rank, which the compiled entry writes at every call."""
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
-from hpccomm.kernels.interpreter.records import VECTOR
+from hpccomm.kernels.interpreter.records import COPY, SOURCE, VECTOR
 
 KINDS = ("", "send", "receive", "wait", "reduce", "copy", "node step")
 Records = npt.NDArray[Any]
@@ -41,3 +42,8 @@ class Program(NamedTuple):
     spare_bytes: int
     requests: int
     """Requests that are pending at the same time, at most."""
+
+    def after_copy(self, at: int, nbytes: int) -> Program:
+        """The same after a copy of the source to byte ``at`` of the vector."""
+        copy = np.array([(COPY, -1, VECTOR, at, nbytes, 0, SOURCE, 0, 0)], self.records.dtype)
+        return self._replace(records=np.concatenate([copy, self.records]))

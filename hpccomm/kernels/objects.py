@@ -58,7 +58,7 @@ SOURCES = {
         f"shared_memory/{each}.py" for each in ("compiled_probe", "probe", "records")
     ),
     "entry.compiled": (
-        *("entry/body.py", "entry/records.py", "entry/compiled.py"),
+        *("entry/body.py", "entry/records.py", "entry/compiled.py", "interpreter/records.py"),
         *("shared_memory/collectives.py", "shared_memory/records.py"),
     ),
     "interpreter.compiled": (

@@ -17,12 +17,14 @@ from hpccomm.kernels.entry.records import (
     ARRAY_FLAGS,
     ARRAY_SHAPE,
     BEFORE_NATIVE,
-    BY_MPI,
+    BY_RECORDS,
     C_CONTIGUOUS,
     CALLS,
     CHECK_MASK,
     CHECK_PRIME,
     CLASS_BITS,
+    COMPARED_AFTERWARDS,
+    COMPARED_TOGETHER,
     COUNT_CHECK,
     COUNT_MASK,
     COUNT_PRIME,
@@ -37,7 +39,10 @@ from hpccomm.kernels.entry.records import (
     ENTRY_RECORD,
     EVENT_RECORD,
     FAILED,
+    FROM_RECEIVED,
+    FROM_SENT,
     IN_PLACE_BIT,
+    IN_SHARED_MEMORY,
     INT_MAX,
     INTEGER_KIND,
     INTERRUPTED,
@@ -65,9 +70,11 @@ from hpccomm.kernels.entry.records import (
     TOKEN_BITS,
     TUPLE_ITEMS,
     TYPE_RECORD,
+    UNFINISHED,
     VOID_KIND,
     WRITEABLE,
 )
+from hpccomm.kernels.interpreter.records import RUN_RECORD
 from hpccomm.kernels.shared_memory.collectives import DONE, MAX_WAIT, RETRY, TABLE
 from hpccomm.kernels.shared_memory.memory import (
     call_0,
@@ -80,6 +87,7 @@ from hpccomm.kernels.shared_memory.memory import (
     nanoseconds,
     store,
     store_release,
+    yield_cpu,
 )
 from hpccomm.kernels.shared_memory.records import CALL_RECORD, W, offset_of
 
@@ -141,7 +149,7 @@ LABEL = offset_of(ENTRY_RECORD, "label")
 COMM = offset_of(ENTRY_RECORD, "comm")
 COMM_CALLS = offset_of(ENTRY_RECORD, "comm_calls")
 EVENT = offset_of(ENTRY_RECORD, "event")
-COMPARES = offset_of(ENTRY_RECORD, "compares")
+BETWEEN = offset_of(ENTRY_RECORD, "between")
 ADDRESS = offset_of(ENTRY_RECORD, "address")
 OCTETS = offset_of(ENTRY_RECORD, "octets")
 EXTENT = offset_of(ENTRY_RECORD, "extent")
@@ -183,7 +191,9 @@ ROW_BLOCKS = offset_of(ROW_RECORD, "blocks")
 TEMPLATE = offset_of(ROW_RECORD, "template")
 SALT = offset_of(ROW_RECORD, "salt")
 BACKEND = offset_of(ROW_RECORD, "backend")
-SYNCHRONISES = offset_of(ROW_RECORD, "synchronises")
+COMPARES = offset_of(ROW_RECORD, "compares")
+ROW_VECTOR = offset_of(ROW_RECORD, "vector")
+ROW_SOURCE = offset_of(ROW_RECORD, "source")
 ROW_UNEVEN = offset_of(ROW_RECORD, "uneven")
 ROOT_RANK = offset_of(ROW_RECORD, "root_rank")
 CHECKED = offset_of(ROW_RECORD, "checked")
@@ -241,9 +251,15 @@ CALL_COPY_STRIDE = offset_of(CALL_RECORD, "copy_stride")
 CALL_SEND_AT = offset_of(CALL_RECORD, "send_at")
 CALL_RECV_AT = offset_of(CALL_RECORD, "recv_at")
 
+# Records that run
+VECTOR = offset_of(RUN_RECORD, "vector")
+SOURCE = offset_of(RUN_RECORD, "source")
+
 BLOCK_TABLE, ALLGATHER_TABLE = TABLES.index("blocks"), TABLES.index("allgather")
 SHORT_WAIT_NS = 20_000
 """Nanoseconds for which a short call waits before it releases the GIL."""
+EAGER_POLLS = 50
+"""Polls before it yields its core."""
 SENT, RECEIVED = 0, 1
 BOTH_UNEVEN = SENT_UNEVEN | RECEIVED_UNEVEN
 
@@ -260,10 +276,12 @@ def enter(self, arguments, count):
     if code == DONE:
         row = load(entry + ROW)
         begin_event(entry, row)
-        if load(row + BACKEND) == BY_MPI:
-            code = start_native(entry, row)
+        if load(row + BACKEND) != IN_SHARED_MEMORY:
+            code = start_messages(entry, row)
             if code == NATIVE and load(row + FUNCTION) != 0:
                 code = call_mpi(entry, row)
+            elif code == NATIVE and load(row + BACKEND) == BY_RECORDS:
+                code = run_records(entry, row)
             if code != DONE:
                 code += NATIVE_IN_PLACE * load(entry + WITHIN)
                 store(entry + PENDING, code if load(entry + ENTRIES) != 0 else 0)
@@ -805,8 +823,11 @@ def own_row(entry):
     return load(entry + ENTRIES) + load(entry + ROW_STRIDE) * load(entry + MEMBER)
 
 
-def start_native(entry, row):
-    """Enter one of MPI's own collectives in the consistency table, and compare: NATIVE, DIFFER, LATE, or a wait."""
+def start_messages(entry, row):
+    """Enter a call on messages in the consistency table, and compare: NATIVE, DIFFER, LATE, or a wait."""
+    if load(row + BACKEND) == BY_RECORDS:
+        store(load(row + CALL) + VECTOR, buffer_from(entry, load(row + ROW_VECTOR), load(load(row + CALL) + VECTOR)))
+        store(load(row + CALL) + SOURCE, buffer_from(entry, load(row + ROW_SOURCE), load(load(row + CALL) + SOURCE)))
     if load(entry + ENTRIES) == 0:
         return NATIVE
     fingerprint, own = fingerprint_word(row, load(entry + NBYTES)), own_row(entry)
@@ -817,19 +838,55 @@ def start_native(entry, row):
         write_amounts(entry, row, number)
     store_release(own + W * (number % CALLS), number << DIGEST_BITS | (fingerprint & DIGEST_MASK))
     store_release(own + W * STATUS, number)
-    if number & load(entry + COMPARES) == 0:
+    if number & load(entry + BETWEEN) == 0:
         return LATE
-    if load(row + SYNCHRONISES) == 0:
-        return LATE if late else compare_entries(entry)
-    if load(entry + MEETING) == 0:
+    if load(row + COMPARES) == COMPARED_TOGETHER:
+        code = meet(entry, number, fingerprint)
+        if code != DONE:
+            return code
+        if uneven and late:
+            write_amounts(entry, row, number)
+    elif late:
         return LATE
-    store(load(entry + MEETING) + CALL_FINGERPRINT, fingerprint)
-    code = run(entry, load(entry + MEETING), load(entry + MEET), 0)
+    return NATIVE if load(row + COMPARES) == COMPARED_AFTERWARDS else compare_entries(entry)
+
+
+def meet(entry, number, fingerprint):
+    """Wait a short time until all ranks of the node have entered a call: DONE, LATE, or a wait in shared memory."""
+    if load(entry + MEETING) != 0:
+        store(load(entry + MEETING) + CALL_FINGERPRINT, fingerprint)
+        code = run(entry, load(entry + MEETING), load(entry + MEET), 0)
+        return DONE if code == DONE else BEFORE_NATIVE + code
+    polls, began = 0, 0
+    for k in range(load(entry + MEMBERS)):
+        there = load(entry + ENTRIES) + load(entry + ROW_STRIDE) * k + W * (number % CALLS)
+        while load_acquire(there) >> DIGEST_BITS < number:
+            polls += 1
+            if polls > EAGER_POLLS:
+                now = nanoseconds()
+                began = now if began == 0 else began
+                if now - began > SHORT_WAIT_NS:
+                    return LATE
+                yield_cpu()
+    return DONE
+
+
+def buffer_from(entry, place, own):
+    """The buffer of the call that records use, or their own."""
+    if place == FROM_SENT:
+        return load(entry + SEND)
+    return load(entry + RECV) if place == FROM_RECEIVED else own
+
+
+def run_records(entry, row):
+    """Run records and compare: DONE, LEAVING, or UNFINISHED, after which Python goes on with them."""
+    thread = call_0(load(entry + SAVE_THREAD))
+    code = call_1(load(row + KERNEL), load(row + CALL))
+    call_1(load(entry + RESTORE_THREAD), thread)
+    store(entry + FAILURE, code)
     if code != DONE:
-        return BEFORE_NATIVE + code
-    if uneven and late:
-        write_amounts(entry, row, number)
-    return compare_entries(entry)
+        return UNFINISHED
+    return DONE if leave_table(entry) == DONE else LEAVING
 
 
 def is_out_of_reach(entry, row, number):

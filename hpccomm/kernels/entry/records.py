@@ -33,14 +33,14 @@ ENTRY_RECORD = record(
         *words("blocks"),  # address of the lengths and places of its blocks, sent and received; 4 x size words
         *words(
             "counts", "failure"
-        ),  # address of the same in elements, 4 x size integers for MPI; what MPI has returned
+        ),  # address of the same in elements, 4 x size integers for MPI; what MPI or the interpreter has returned
         *words("pending"),  # whether a call awaits Python, which goes on with it
         *words("sends", "receives", "within", "call_token"),  # its blocks; whether it is in place; its dtype
         *words("ring", "events", "last_event"),  # of the flight recorder: its number of calls, and its EVENT_RECORDs
         *words(
             "label", "comm", "comm_calls"
         ),  # what names the communicator in them; its calls, and those inside others
-        *words("event", "compares"),  # the event of the running call; which calls are compared between nodes: a mask
+        *words("event", "between"),  # the event of the running call; which calls are compared between nodes: a mask
         *words("address", "octets", "extent", "element", "token", "writable", "overflow"),  # the buffer read last
         *words("short", "short_bytes"),  # a receive buffer that ends before the padding of its last pair; 0 if none
         ("scratch", np.uint8, (2, SCRATCH_BYTES)),  # copies of such buffers, sent and received
@@ -73,8 +73,9 @@ ROW_RECORD = record(
         *words("least", "most", "places"),  # the lengths that the row takes; its uneven blocks: an address, or 0
         *words("number", "call", "kernel", "last"),  # last: the length for which the call record is filled
         *words("item", "blocks", "template", "salt"),  # what the fingerprint is made of
-        *words("backend", "synchronises"),  # backend: 0 for an empty row, IN_SHARED_MEMORY, or BY_MPI
+        *words("backend", "compares"),  # backend: 0 for an empty row, IN_SHARED_MEMORY, BY_MPI, or BY_RECORDS
         *words("uneven", "root_rank"),  # the buffers of whose blocks every two ranks compare the lengths; the root
+        *words("vector", "source"),  # BY_RECORDS: the call's buffers that these are: FROM_SENT, FROM_RECEIVED, or 0
         *words("checked", "table", "sized", "registers"),
         *words("releases"),  # the call may wait long, and releases the GIL
         *words("text"),  # the number of its text in the flight recorder
@@ -98,11 +99,15 @@ ALLOCATION_RECORD = record(words("first", "end", "number", "alive", "copies", "s
 TABLES = ("none", "blocks", "allgather", "alltoall")
 """What follows a call record: nothing, first bytes of blocks, lengths and places, or both of each side."""
 
-IN_SHARED_MEMORY, BY_MPI = 1, 2
-NOT_MINE, MISS, NATIVE, DIFFER, LATE, INTERRUPTED, FAILED, LEAVING = 5, 6, 7, 8, 9, 10, 11, 12
-"""Answers of the entry beyond those of the kernels: not readable here; readable, but no row; MPI's own collective; the
-same, but ranks differ; the same, but ranks have not entered; the call before was left half done; MPI has returned an
-error; MPI has made the call, but ranks differ."""
+IN_SHARED_MEMORY, BY_MPI, BY_RECORDS = 1, 2, 3
+COMPARED_AT_ENTRY, COMPARED_TOGETHER, COMPARED_AFTERWARDS = 0, 1, 2
+"""When a row's calls on messages are compared: with the ranks that have entered; with all, which must meet before; when
+they are complete, as a rank whose call is different gets a message that is not its own."""
+FROM_SENT, FROM_RECEIVED = 1, 2
+NOT_MINE, MISS, NATIVE, DIFFER, LATE, INTERRUPTED, FAILED, LEAVING, UNFINISHED = 5, 6, 7, 8, 9, 10, 11, 12, 13
+"""Answers of the entry beyond those of the kernels: not readable here; readable, but no row; a call on messages, which
+Python makes; the same, but ranks differ; the same, but ranks have not entered; the call before was left half done; MPI
+has returned an error; the call is complete, but ranks differ; records have left something to Python."""
 NATIVE_IN_PLACE = 16
 """Added to an answer for one of MPI's own collectives in place."""
 BEFORE_NATIVE = 32

@@ -33,7 +33,7 @@ from hpccomm.kernels.shared_memory.memory import (
     store,
     yield_cpu,
 )
-from hpccomm.kernels.shared_memory.records import W, offset_of
+from hpccomm.kernels.shared_memory.records import CALL_RECORD, W, offset_of
 
 call_3 = call_5 = call_7 = call_address
 
@@ -77,7 +77,12 @@ RIGHT = offset_of(RUN_RECORD, "right")
 
 KERNEL = offset_of(MEETING_RECORD, "kernel")
 CALL = offset_of(MEETING_RECORD, "call")
+MEETING_OPERAND = offset_of(MEETING_RECORD, "operand")
+SEND_AT = offset_of(MEETING_RECORD, "send_at")
+RECV_AT = offset_of(MEETING_RECORD, "recv_at")
 MEETING_BYTES = MEETING_RECORD.itemsize
+CALL_SEND = offset_of(CALL_RECORD, "send")
+CALL_RECV = offset_of(CALL_RECORD, "recv")
 
 LOW_HALF = 0xFFFFFFFF
 SHORT_BYTES = 1 << 16
@@ -204,9 +209,11 @@ def reduce(run, record):
 
 def meet(run, meeting):
     """Run a node step; while ranks of the node are missing drive messages, for which they may wait."""
-    began = nanoseconds()
+    began, call = nanoseconds(), load(meeting + CALL)
+    store(call + CALL_SEND, load(run + BUFFERS + W * load(meeting + MEETING_OPERAND)) + load(meeting + SEND_AT))
+    store(call + CALL_RECV, load(run + BUFFERS) + load(meeting + RECV_AT))
     while True:
-        code = call_1(load(meeting + KERNEL), load(meeting + CALL))
+        code = call_1(load(meeting + KERNEL), call)
         if code == DONE:
             return DONE
         if code != RETRY or nanoseconds() - began > PATIENCE_NS:

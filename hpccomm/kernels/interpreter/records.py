@@ -38,8 +38,9 @@ RUN_RECORD = record(
 )
 """A program with its memory, and how far it is."""
 
-MEETING_RECORD = record(words("kernel", "call"))
-"""The kernel of a node step, and its call record."""
+MEETING_RECORD = record(words("kernel", "call", "operand", "send_at", "recv_at"))
+"""The kernel of a node step, its call record, and where that reads and writes: bytes from the beginning of the operand,
+which is VECTOR or SOURCE, and of the vector."""
 
 DONE, PAUSED, FAILED, STRAY, COMBINE, MEETING = range(6)
 """What a run returns: it is done; a message is late, call again; MPI has returned an error; a message of another call
