@@ -54,6 +54,10 @@ def test_one_rank_is_a_group_as_well(tmp_path: Path, entry_point: dict[str, str]
     assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
 
 
+LATE = (
+    "import time\nfrom datetime import timedelta\n"
+    "group = dist.new_group(timeout=timedelta(seconds=1))\ndist.barrier()\n"
+)
 MISTAKES = {
     "operation": (
         "dist.all_reduce(torch.ones(8), dist.ReduceOp.MAX if dist.get_rank() else dist.ReduceOp.SUM)",
@@ -91,6 +95,38 @@ MISTAKES = {
         "dist.all_reduce(torch.ones(8), group=group)",
         ("all_reduce timed out after 1 s: missing ranks: 1",),
     ),
+    "a missing rank under DDP": (
+        f"{LATE}ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4), process_group=group)\n"
+        "time.sleep(9 * dist.get_rank())\nddp(torch.ones(2, 4)).sum().backward()",
+        ("all_reduce timed out after 1 s: missing ranks: 1", "program.py"),
+    ),
+    "a missing rank of a future": (
+        f"{LATE}time.sleep(9 * dist.get_rank())\n"
+        "dist.all_reduce(torch.ones(8), group=group, async_op=True).get_future().wait()",
+        ("all_reduce timed out after 1 s: missing ranks: 1",),
+    ),
+    "a missing rank with a long limit": (
+        f"{LATE}import hpccomm.torch.group\nhpccomm.torch.group.DEFAULT_TIMEOUT = timedelta(0)  # half an hour\n"
+        "time.sleep(9 * dist.get_rank())\ndist.all_reduce(torch.ones(8), group=group)",
+        ("missing: rank 1", "rank 0 aborts all ranks: Allreduce", "timed out after 1 s"),
+    ),
+    "a missing rank with a long limit of a call with a root": (
+        f"{LATE}import hpccomm.torch.group\nhpccomm.torch.group.DEFAULT_TIMEOUT = timedelta(0)\n"
+        "time.sleep(9 * dist.get_rank())\ndist.broadcast(torch.ones(8), 0, group=group)",
+        ("missing: rank 1", "rank 0 aborts all ranks: broadcast", "timed out after 1 s"),
+    ),
+    "a missing rank in an exchange of hpccomm": (
+        f"{LATE}import hpccomm\nfrom hpccomm.torch import compress\n"
+        "ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4), process_group=group)\n"
+        "compress(ddp, hpccomm.gtc)\ntime.sleep(9 * dist.get_rank())\nddp(torch.ones(2, 4)).sum().backward()",
+        ("missing: rank 1", "rank 0 aborts all ranks: bucket 0 of 1", "timed out after 1 s"),
+    ),
+    "another call between those of DDP": (
+        "ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))\n"
+        "if dist.get_rank() == 0:\n    dist.all_reduce(torch.ones(9), async_op=True)\n"
+        "ddp(torch.ones(2, 4)).sum().backward()",
+        ("rank 0 called Allreduce(sum, 9 float32), rank 1 called Allreduce(sum, 20 float32)", "program.py"),
+    ),
 }
 
 
@@ -105,6 +141,26 @@ def test_a_mistake_ends_the_job_with_a_traceback(mistake: str, tmp_path: Path, e
     assert done.returncode != 0
     for sentence in sentences:
         assert sentence in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_rank_that_does_not_make_the_default_group_is_missing(
+    late: int, tmp_path: Path, entry_point: dict[str, str]
+) -> None:
+    program = write(
+        tmp_path,
+        f"""
+import time
+from datetime import timedelta
+from mpi4py import MPI
+if MPI.COMM_WORLD.rank == {late}:
+    time.sleep(20)
+dist.init_process_group("hpccomm", init_method="mpi://", timeout=timedelta(seconds=1))
+""",
+    )
+    done = run_under_mpi(3, program, timeout=100, environ=entry_point)
+    assert done.returncode != 0
+    assert f"init_process_group timed out after 1 s, missing: rank {late}" in done.stderr, done.stderr
 
 
 @pytest.mark.slow

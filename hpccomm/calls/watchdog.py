@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -45,6 +45,8 @@ REQUEST, ANSWER = 1, 2
 """Tags of messages between nodes."""
 
 T = TypeVar("T")
+CheckTime = Callable[[float], float | None]
+"""Of the seconds that the oldest running call has taken, 0 for none: the limit if that is too long, else None."""
 
 
 def stall_seconds() -> float:
@@ -273,20 +275,22 @@ NO_THREAD = "MPI without THREAD_MULTIPLE lets no thread ask it"
 class StallReport(Report):
     """The report of a call that takes long."""
 
-    def __init__(self, group: Group, event: Event) -> None:
+    def __init__(self, group: Group, event: Event, end: str = "") -> None:
+        """``end``: why all ranks are aborted after the report; empty if they are not."""
         super().__init__(group, event.comm)
-        self._event, self.began_call = event, event.begin
+        self._event, self.began_call, self._end = event, event.begin, end
 
     def finish(self, states: dict[int, State]) -> None:
         """Log the report, unless a rank of another node before this one does."""
         event, me = self._event, self.group.rank
         first = min((rank for rank, each in states.items() if each.waits and each.call == event.call), default=me)
         awake = states[first].stacks is not None
-        if first < me and awake and first not in self.group.processes and event.call > 0:
+        elsewhere = first < me and awake and first not in self.group.processes and event.call > 0
+        if elsewhere and not self._end:
             return
         log_line("\n".join((self.summary(states), *list_states(states, self.order))))
-        if os.environ.get("HPCCOMM_STALL_ACTION") == "abort":
-            abort_all(f"rank {me} aborts all ranks: HPCCOMM_STALL_ACTION=abort")
+        if self._end or os.environ.get("HPCCOMM_STALL_ACTION") == "abort":
+            abort_all(self._end or f"rank {me} aborts all ranks: HPCCOMM_STALL_ACTION=abort")
 
     def order(self, state: State) -> bool:
         """Whether a rank comes last in the list: one that waits as it should."""
@@ -340,6 +344,8 @@ class Watchdog:
         self.thread: threading.Thread | None = None
         self.calls_mpi = True
         """False as soon as MPI ends."""
+        self.limits: dict[int, CheckTime] = {}
+        """What tells whether a running call takes too long, by communicator."""
         self._reports: list[Report] = []
         self._reported: dict[tuple[int, int], int] = {}
         """How often a running call has been reported, by communicator and begin."""
@@ -366,6 +372,7 @@ class Watchdog:
                 if self.calls_mpi:
                     busy = any([each.serve() for each in list(self.groups.values())])
                     self._begin_reports()
+                    self._check_limits()
                     self._reports = [each for each in self._reports if not self._is_over(each)]
             busy = busy or bool(self._reports)
 
@@ -391,6 +398,22 @@ class Watchdog:
             group = max(list(self.groups.values()), key=lambda each: sum(map(len, each.nodes)), default=None)
             if group:
                 self._reports.append(NodesReport(group, wanted))
+
+    def _check_limits(self) -> None:
+        """Begin the report of a call that has taken too long, at whose end all ranks are aborted."""
+        now, running = clock(), recorder().ring.running()
+        for number, check in list(self.limits.items()):
+            calls = [each for each in running if abs(each.comm) == number]
+            limit = check((now - calls[0].begin) / 1e9 if calls else 0.0)
+            if limit is None:
+                continue
+            del self.limits[number]
+            reason = f"rank {recorder().ring.head['rank'][0]} aborts all ranks: {calls[0]} timed out after {limit:g} s"
+            group = self.groups.get(number)
+            if group is None:
+                abort_all(reason)
+            else:
+                self._reports.append(StallReport(group, calls[0], reason))
 
     def end(self) -> None:
         """Call MPI no more, which ends, and look a last time whether ranks have refused calls of this one."""
@@ -425,6 +448,19 @@ def watch(group: Group) -> None:
     """Let the watchdog look after a group."""
     end_with_mpi()
     _watchdog.groups[group.comm.number] = group
+    _watchdog.start()
+
+
+def limit_calls(comm: int, check: CheckTime | None) -> None:
+    """Let the watchdog ask ``check`` several times a second whether calls of a communicator take too long.
+
+    Then it reports the call as one that takes long, and aborts all ranks; with None it asks no more.
+    """
+    if check is None:
+        _watchdog.limits.pop(comm, None)
+        return
+    end_with_mpi()
+    _watchdog.limits[comm] = check
     _watchdog.start()
 
 

@@ -66,7 +66,8 @@ class Collectives:
                 self._comparisons.clear()
             compare = self.comm._planner.guard(call, lambda: None, lockstep=True)
             self._comparisons[key] = compare
-        compare()
+        with self._context.call(name):  # in which the watchdog sees a rank that waits for others
+            compare()
 
     def _check_root(self, name: str, root: int) -> None:
         if not 0 <= root < self.comm.size:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from hpccomm.calls.watchdog import FREE_SECONDS
+from hpccomm.calls.watchdog import FREE_SECONDS, limit_calls
 from hpccomm.errors import ArgumentError
 from hpccomm.torch import members
 from hpccomm.torch.collectives import Collectives
@@ -26,8 +26,8 @@ from hpccomm.torch.tensors import Tensor
 from hpccomm.torch.works import DONE, NO_LIMIT, CallQueue, Work, complete_first
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
-"""Torch's default.  Calls of a group with a shorter one, and calls with one of their own, raise after it.  Synchronous
-ones then run on the group's thread as well, so that they can end."""
+"""Torch's default.  Synchronous calls with a shorter limit run on the group's thread as well, so that they can raise;
+with this or a longer one they run in their caller's thread, and the watchdog aborts all ranks after the limit."""
 
 
 TensorOrTensors: TypeAlias = Any
@@ -79,6 +79,8 @@ class Group(dist.ProcessGroup):
         self._collectives, self._calls = Collectives(comm, options), CallQueue()
         self._label, self._name = f"rank {comm.rank}", ""
         members.remember(self, given.global_ranks_in_group)
+        self._number = comm.context.recorded.number
+        limit_calls(self._number, self._check_time)
 
     # What torch asks about a group
 
@@ -115,7 +117,7 @@ class Group(dist.ProcessGroup):
         return False
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """The time after which ``wait`` raises."""
+        """The time after which calls that name none end."""
         self.timeout = timeout
 
     def _set_sequence_number_for_group(self) -> None: ...
@@ -128,22 +130,24 @@ class Group(dist.ProcessGroup):
     def _end_coalescing(self, device: Any) -> Work:
         return self._run("coalesced calls", None, lambda on: None, [])
 
+    def _check_time(self, seconds: float) -> float | None:
+        """The limit, if a call of the program's own thread, or of a method, has taken longer: ``seconds``."""
+        raises, limit = self._calls.expire(), self.timeout.total_seconds()
+        return limit if not raises and 0 < limit < seconds else None
+
     def shutdown(self) -> None:
         """End the threads, and free the communicator once all calls have ended and all ranks have come here."""
+        limit_calls(self._number, None)
         self._calls.close()
         if self._calls.settle(time.monotonic() + FREE_SECONDS):
             members.release(self.comm)
 
     def abort(self) -> None:
         """As torch asks on errors: calls under way cannot be ended, the communicator stays as it is."""
+        limit_calls(self._number, None)
         self._calls.close()
 
     # Running calls
-
-    @property
-    def _limit(self) -> timedelta:
-        """The time after which calls that have none of their own raise."""
-        return self.timeout if self.timeout < DEFAULT_TIMEOUT else NO_LIMIT
 
     def _run(
         self,
@@ -160,15 +164,16 @@ class Group(dist.ProcessGroup):
         asynchronous = getattr(options, "asyncOp", True)
         given = options if isinstance(options, timedelta) else timeout or getattr(options, "timeout", None)
         own = given or NO_LIMIT
-        limit = own if own > NO_LIMIT else self._limit
-        if not asynchronous and not limit and self._calls.enter():
+        limit = own if own > NO_LIMIT else self.timeout
+        raises = NO_LIMIT < limit < DEFAULT_TIMEOUT
+        if not (asynchronous or raises) and self._calls.enter():
             try:
                 body(self._collectives)
             finally:
                 self._calls.leave()
             return DONE
         work = Work(f"{self._label}: {name}", partial(body, self._collectives), results, self._describe_missing, limit)
-        if asynchronous or limit:
+        if asynchronous or raises:
             self._calls.submit(work)
         else:
             self._calls.put(work)
@@ -316,12 +321,12 @@ class Group(dist.ProcessGroup):
 
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Message:
         """Send a tensor to a rank."""
-        return send(self.comm, tensors[0], rank, tag, self._who("send"), self._limit)
+        return send(self.comm, tensors[0], rank, tag, self._who("send"), self.timeout)
 
     def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Message:
         """Receive a tensor from a rank."""
-        return receive(self.comm, tensors[0], rank, tag, self._who("recv"), self._limit)
+        return receive(self.comm, tensors[0], rank, tag, self._who("recv"), self.timeout)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Message:
         """Receive a tensor from any rank."""
-        return receive(self.comm, tensors[0], MPI.ANY_SOURCE, tag, self._who("recv"), self._limit)
+        return receive(self.comm, tensors[0], MPI.ANY_SOURCE, tag, self._who("recv"), self.timeout)

@@ -49,7 +49,7 @@ def create(given: Any, store: Any) -> tuple[Communicator, Options | None]:
     """A communicator of the group's ranks in torch's order, and the options of the default group (collective)."""
     ranks = given.global_ranks_in_group
     if not ranks:
-        return create_default(given.group_rank, given.group_size), None
+        return create_default(given.group_rank, given.group_size, store, given.timeout.total_seconds()), None
     await_members(store, ranks, dist.get_rank(), given.timeout.total_seconds())
     world = _base["world"]
     everyone = world.Get_group()
@@ -61,7 +61,10 @@ def create(given: Any, store: Any) -> tuple[Communicator, Options | None]:
     return comm, _base["options"]
 
 
-def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
+NEW_GROUP = "new_group"
+
+
+def await_members(store: Any, ranks: list[int], me: int, limit: float, maker: str = NEW_GROUP) -> None:
     """Wait in torch's store until all ranks make this group; raise MismatchError if one cannot, or names other ranks.
 
     MPI, which makes the communicator, would wait for ever.
@@ -69,11 +72,12 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
     store.set(f"member {me}", ",".join(map(str, ranks)))
     keys, began = [f"member {rank}" for rank in ranks], time.monotonic()
     who = f"rank {me}: the group of {format_ranks(ranks)}"
-    remedy = "make all ranks call new_group with the same ranks, in the same order"
+    call = f"{maker} with the same ranks, in the same order" if maker == NEW_GROUP else maker
+    remedy = f"make all ranks call {call}"
     while not store.check(keys):
         waited = time.monotonic() - began
         missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
-        gone = [rank for rank in find_left(_base["comm"]) if rank in missing]
+        gone = [rank for rank in (find_left(_base["comm"]) if maker == NEW_GROUP else []) if rank in missing]
         if gone:
             raise MismatchError(f"{who} cannot be made, {format_ranks(gone)} left the program before: {remedy}")
         if missing and waited > limit:
@@ -91,7 +95,7 @@ def find_left(comm: Any) -> list[int]:
     return table.left_ranks() if table else []
 
 
-def create_default(rank: int, size: int) -> Communicator:
+def create_default(rank: int, size: int, store: Any, limit: float) -> Communicator:
     """The communicator of the default group."""
     launcher.check_world(MPI.COMM_WORLD.size, os.environ)
     if size != MPI.COMM_WORLD.size:
@@ -99,6 +103,7 @@ def create_default(rank: int, size: int) -> Communicator:
             f"torch was told that there are {size} ranks, MPI has started {MPI.COMM_WORLD.size}: start the program "
             f"with hpccomm-run -n {size}, or leave out RANK and WORLD_SIZE"
         )
+    await_members(store, list(range(size)), rank, limit, "init_process_group")
     world = MPI.Intracomm(MPI.COMM_WORLD).Split(0, rank)
     if "world" in _base:
         _base.pop("world").Free()

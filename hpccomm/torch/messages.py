@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
 from hpccomm.errors import MismatchError
 from hpccomm.torch.members import find_left
 from hpccomm.torch.tensors import Tensor, as_array, copy_back, find_room, read
-from hpccomm.torch.works import NO_LIMIT
+from hpccomm.torch.works import NO_LIMIT, make_futures
 from hpccomm.transports.polling import pause
 
 EAGER_SECONDS = 1e-4
@@ -103,12 +102,13 @@ class Message(dist.Work):
 
     def get_future(self) -> Any:
         """A future of the tensor; asking for it waits for the message."""
-        future: Any = torch.futures.Future()
+        begin, future = make_futures(self._results)
+        failure = None
         try:
             self.wait()
-            future.set_result(self._results)
         except Exception as error:
-            future.set_exception(error)
+            failure = error
+        begin.set_result(failure)
         return future
 
     def source_rank(self) -> int:

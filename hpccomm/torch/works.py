@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,22 @@ NO_LIMIT = timedelta(0)
 """Torch's time limit of a wait that has none."""
 SETTLE_SECONDS = 1e-3
 """Time between two looks for threads that are busy when a group or the program ends."""
+
+
+def make_futures(results: list[Any]) -> tuple[Any, Any]:
+    """Two futures: the first one set to None gives the second one ``results``; set to an error, the second one fails.
+
+    DDP takes the exception of a future whose ``set_exception`` was called as its value, and crashes.
+    """
+
+    def read(begin: Any) -> list[Any]:
+        error = begin.value()
+        if error is not None:
+            raise error
+        return results
+
+    begin: Any = torch.futures.Future()
+    return begin, begin.then(read)
 
 
 class Work(dist.Work):
@@ -45,13 +62,16 @@ class Work(dist.Work):
         limit: timedelta = NO_LIMIT,
     ) -> None:
         super().__init__()
-        self.name, self._limit = name, limit
+        self.name, self._limit, self._began = name, limit, time.monotonic()
         self._body: Callable[[], None] | None = body
         self._results, self._missing = results, missing
         self._error: BaseException | None = None
         self._complete, self._process = False, os.getpid()
         self._event: threading.Event | None = None
         self._future: Any = None
+        self._begin_future: Any = None
+        """The future before :attr:`_future`, see :func:`make_futures`."""
+        self._expired = False
         self._lock = threading.Lock()
 
     def run(self) -> Any:
@@ -68,17 +88,14 @@ class Work(dist.Work):
             self._body = None  # and with it the tensors
             with self._lock:
                 self._complete = True
-                future, event = self._future, self._event
+                future, event = None if self._expired else self._begin_future, self._event
             if event is not None:
                 event.set()
         return future
 
     def set_future(self, future: Any) -> None:
         """Set the future, which runs its callbacks."""
-        if self._error is None:
-            future.set_result(self._results)
-        else:
-            future.set_exception(self._error)
+        future.set_result(self._error)
 
     def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
         """Wait for the call and raise its error; after ``timeout``, or the call's limit, raise MismatchError."""
@@ -86,10 +103,26 @@ class Work(dist.Work):
             return True
         seconds = (timeout or self._limit).total_seconds()
         if not self.sleep(seconds if seconds > 0 else None):
-            raise MismatchError(f"{self.name} timed out after {seconds:g} s: {self._missing()}")
+            raise self._time_out(seconds)
         if self._error is not None:
             raise self._error
         return True
+
+    def _time_out(self, seconds: float) -> MismatchError:
+        """The error of a call that takes too long."""
+        return MismatchError(f"{self.name} timed out after {seconds:g} s: {self._missing()}")
+
+    def expire(self) -> None:
+        """Let the future fail if the call has taken longer than its limit; ``wait`` raises by itself."""
+        seconds = self._limit.total_seconds()
+        if not 0 < seconds < time.monotonic() - self._began:
+            return
+        with self._lock:
+            if self._complete or self._expired or self._future is None:
+                return
+            self._expired, future = True, self._begin_future
+        fail = partial(future.set_result, self._time_out(seconds))
+        threading.Thread(target=fail, name="hpccomm-future", daemon=True).start()  # callbacks may make calls
 
     def sleep(self, seconds: float | None) -> bool:
         """Sleep until the call has ended, at most for some seconds; returns whether it has."""
@@ -132,9 +165,9 @@ class Work(dist.Work):
         with self._lock:
             make, complete = self._future is None, self._complete
             if make:
-                self._future = torch.futures.Future()
+                self._begin_future, self._future = make_futures(self._results)
         if make and complete:
-            self.set_future(self._future)
+            self.set_future(self._begin_future)
         return self._future
 
     def source_rank(self) -> int:
@@ -266,6 +299,14 @@ class CallQueue:
         if more:
             self._find_thread()
         work.set_future(future)
+
+    def expire(self) -> bool:
+        """Let futures of calls that have taken too long fail; returns whether the queue has calls, which may raise."""
+        with self._lock:
+            calls = list(self._calls)
+        for each in calls:
+            each.expire()
+        return bool(calls)
 
     def settle(self, until: float) -> bool:
         """Wait until no thread runs a call or callbacks of a future; returns whether none does.
