@@ -187,7 +187,9 @@ def find_all() -> bool:
     absent = set(map(file_name, EMITTED))
     for folder in folders():
         with contextlib.suppress(OSError):
-            absent -= {each for each in absent.intersection(os.listdir(folder)) if os.access(folder / each, os.R_OK)}
+            absent -= {
+                each for each in absent.intersection(os.listdir(folder)) if os.access(f"{folder}/{each}", os.R_OK)
+            }
     found = not absent
     _COMPLETE.extend([True] * found)
     return found

@@ -116,6 +116,11 @@ class Table:
     frozen: bool = False
     """No first use compares anything any more."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle rows as plain tuples, in a third of the time."""
+        rows, first_use = (list(map(tuple, each)) for each in (self.rows, self.first_use))
+        return unpickle, (rows, self.machine, self.source, self.cpu, first_use, self.frozen)
+
     def choose(
         self,
         collective: str,
@@ -243,6 +248,13 @@ class Table:
             else:
                 lines.append((nbytes, nbytes, algorithm))
         return [f"{collective} {low} to {high} bytes: {algorithm}" for low, high, algorithm in lines]
+
+
+def unpickle(
+    rows: Iterable[Any], machine: Machine | None, source: str, cpu: str, first_use: Any, frozen: bool
+) -> Table:
+    """A table that was pickled."""
+    return Table(tuple(map(Row._make, rows)), machine, source, cpu, tuple(map(Row._make, first_use)), frozen)
 
 
 def size_class(collective: str, per_node: int, nbytes: int) -> int:
