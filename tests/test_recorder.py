@@ -73,6 +73,7 @@ def check_report(report: str) -> None:
     assert re.search(r"ranks? .*3: in Allreduce.*call 6 of.*in <module>", report)
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason() or "namespaces are available")
 def test_one_report_of_a_two_node_job_names_the_stuck_rank_its_call_and_its_line(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
@@ -85,6 +86,7 @@ def test_one_report_of_a_two_node_job_names_the_stuck_rank_its_call_and_its_line
     assert len(found) <= 3, done.stderr
 
 
+@pytest.mark.slow(keep=3)
 def test_a_stall_is_reported_once_by_all_ranks_together_and_again_later() -> None:
     status, said = run_job(4, "two_nodes()\n" + STUCK)
     assert status == 0, said
@@ -129,6 +131,7 @@ def test_stalls_of_levels_and_derived_communicators_are_reported() -> None:
         assert "in <module>" in found[0]
 
 
+@pytest.mark.slow(keep=3)
 def test_a_stopped_rank_is_named_and_goes_on() -> None:
     status, said = run_job(
         3,
@@ -148,6 +151,7 @@ def test_a_stopped_rank_is_named_and_goes_on() -> None:
     assert re.search(r"rank 1: in no call since Allreduce.*\(is stopped\)", said), said
 
 
+@pytest.mark.slow(keep=3)
 def test_a_stall_can_end_the_job() -> None:
     began = time.monotonic()
     status, said = run_job(2, STUCK.replace("sleep(5)", "sleep(50)"), {"HPCCOMM_STALL_ACTION": "abort"})
@@ -157,6 +161,7 @@ def test_a_stall_can_end_the_job() -> None:
     assert "HPCCOMM_STALL_ACTION=abort" in said
 
 
+@pytest.mark.slow(keep=3)
 def test_an_uncaught_exception_says_where_the_others_wait() -> None:
     status, said = run_job(3, STUCK.replace("time.sleep(5)", "time.sleep(0.5); raise ValueError('no data')"))
     assert status != 0
@@ -172,6 +177,7 @@ comm.Allreduce(MPI.IN_PLACE, x)
 """
 
 
+@pytest.mark.slow(keep=3)
 def test_a_rank_without_a_free_file_descriptor_goes_on() -> None:
     status, said = run_job(
         2,
@@ -192,6 +198,7 @@ comm.Allreduce(MPI.IN_PLACE, x)
     assert status == 0, said
 
 
+@pytest.mark.slow(keep=3)
 def test_a_rank_that_fails_without_a_free_file_descriptor_ends_the_others() -> None:
     status, said = run_job(
         2,
@@ -248,6 +255,7 @@ def test_a_rank_that_frees_a_communicator_alone_does_not_hang() -> None:
     assert status == 0, said
 
 
+@pytest.mark.slow(keep=3)
 def test_a_node_without_memory_for_its_table_keeps_no_other_from_starting() -> None:
     status, said = run_job(
         3,
@@ -292,6 +300,7 @@ def test_stacks_refuses_a_process_of_no_job(capsys: pytest.CaptureFixture[str]) 
     assert "pass that of a rank" in capsys.readouterr().err
 
 
+@pytest.mark.slow(keep=3)
 def test_ranks_of_other_nodes_are_asked_by_their_own_nodes() -> None:
     status, said = run_job(
         4,
