@@ -65,7 +65,7 @@ SHAPES = [*EVEN, "4x2,1gbit,cyclic", "2x1+3", "3x2+1+3,1gbit,cyclic", "16x1,100m
 def measure_shape(shape: harness.Shape, args: argparse.Namespace, mpi: str) -> dict[str, Any]:
     """Measure one shape: its rows, and the rate of a TCP stream; Open MPI's native algorithm runs with ``han`` too."""
     with Cluster(shape.nodes, shape.rate) as cluster, tempfile.TemporaryDirectory() as folder:
-        tuning = Path(args.tables or folder, f"{shape.title.replace(' ', '')}.json")
+        tuning = Path(args.tables or folder, f"{shape.title.replace(' ', '')}.json").resolve()
         if not args.untuned and not tuning.exists():
             tune = ["hpccomm", "tune", "--collective", "allreduce", "--algorithm", TUNED]
             done = harness.on_cluster(cluster, shape)([*tune, "--sizes", sizes_to_tune(shape), "--out", str(tuning)])

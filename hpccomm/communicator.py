@@ -26,6 +26,7 @@ from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last, read_integers
 from hpccomm.calls.consistency import claim_report
 from hpccomm.calls.entry import FREED, Doors, Key, refuse
+from hpccomm.calls.plans import KEPT as KEPT_BUFFERS
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.calls.reader import is_in_place
 from hpccomm.calls.watchdog import FLUSH_SECONDS, list_waiting
@@ -339,12 +340,14 @@ class Communicator(MPI.Intracomm):
             if kind and bound.row:  # the door takes later calls of this kind
                 self.plans.entry.insert(kind, bound.row, bound.text)  # type: ignore[union-attr]
             recorded.describe(bound.text)
-            if key is not None:
-                return bound.run()
             try:
                 return bound.run()
+            except BaseException:
+                KEPT_BUFFERS.extend(buffers if bound.pends else ())
+                raise
             finally:
-                bound.free()
+                if key is None:
+                    bound.free()
 
     def _repeat(self, name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> None:
         """Make a call on other buffers."""
@@ -414,7 +417,7 @@ class Communicator(MPI.Intracomm):
         return entry.key() if code == MISS else None
 
     def _run_native(self, code: int, name: str, *arguments: Any) -> None:
-        """Run MPI's own collective for a call whose door has returned ``code``; the ranks' calls are compared."""
+        """Make a call on messages whose door has returned ``code``; the ranks' calls are compared."""
         entry = self.plans.entry
         if code & NATIVE_IN_PLACE:
             arguments = (IN_PLACE, *arguments[1:])

@@ -349,7 +349,6 @@ class Planner(Member):
                 context.announce_code()
                 if lockstep:
                     meet()
-                    table.complete(amounts)
                     table.compare_entries()
                 body()
                 if synchronises and context.awaits_code:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -26,7 +27,7 @@ from hpccomm.calls import entry as calls_entry
 from hpccomm.calls.blocks import SIGNATURES
 from hpccomm.calls.entry import COLLECTIVES, decline
 from hpccomm.calls.fingerprint import Fingerprint
-from hpccomm.errors import HpccommError
+from hpccomm.errors import HpccommError, TransportError
 from hpccomm.kernels.entry.records import BEFORE_NATIVE, BY_RECORDS, LATE, MISS, NOT_MINE, UNFINISHED
 from hpccomm.kernels.reductions.reference import PAIRS
 from hpccomm.testing.jobs import run_under_mpi
@@ -373,7 +374,7 @@ def test_compiled_code_runs_records(on_nodes: Communicator, n: int, dtype: str) 
     entry = ours.plans.entry
     if entry is None:
         pytest.skip(calls_entry.why_no_entry(p) or "shared memory runs without compiled kernels here")
-    op = MPI.MINLOC if dtype == "pair" else MPI.SUM
+    op, taken = MPI.MINLOC if dtype == "pair" else MPI.SUM, 0
     total, zeros = reduce_operands(p, n, dtype), np.zeros_like(operand_of(r, n, dtype))
     gathered = np.concatenate([operand_of(rank, n, dtype) for rank in range(p)])
     for name in ("allreduce", "reduce", "bcast", "allgather"):
@@ -394,11 +395,75 @@ def test_compiled_code_runs_records(on_nodes: Communicator, n: int, dtype: str) 
                 third = given if name != "bcast" else (None, *given)
                 code = getattr(ours._doors, name)(*buffers, *third, *[None] * (2 - len(third)), algorithm, None)
                 assert turn < 2 or code in (None, LATE, UNFINISHED) or packed, (name, algorithm)
+                taken += code is None
                 if code is not None:
                     ours._go_on(code, name.capitalize(), buffers, given, algorithm)
                 assert np.array_equal(found, want), (name, algorithm, turn)
             new = [values for _, values in entry._keys[rows:]]
             assert packed or [each["backend"] for each in new] == [BY_RECORDS], (name, algorithm)
+    assert taken, "compiled code has completed no call"
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3))
+@pytest.mark.parametrize("compared", ["on", "off"])
+def test_records_in_place_and_of_uneven_blocks(
+    comm: Communicator, compared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPCCOMM_CONSISTENCY", compared)
+    ours, counts = Communicator(comm.Dup()), [2 * rank + 1 for rank in range(comm.size)]
+    assert (ours.context.consistency is None) == (compared == "off" or comm.size == 1)
+    for turn in range(5):
+        x = np.full(6, ours.rank + 1.0 + turn)
+        ours.Allreduce(MPI.IN_PLACE, x, algorithm="ring")
+        assert (x == sum(rank + 1.0 + turn for rank in range(ours.size))).all()
+        y = np.full(2 * ours.size, -1.0)
+        y[2 * ours.rank : 2 * ours.rank + 2] = ours.rank + turn
+        ours.Allgather(MPI.IN_PLACE, y, algorithm="ring")
+        assert y.tolist() == [rank + turn for rank in range(ours.size) for _ in range(2)]
+        mine, whole = np.full(counts[ours.rank], ours.rank + turn), np.zeros(sum(counts), int)
+        ours.Allgatherv(mine, [whole, counts], algorithm="ring")
+        assert whole.tolist() == [rank + turn for rank in range(ours.size) for _ in range(counts[rank])]
+    ours.Free()
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize("compared", ["on", "off"])
+@pytest.mark.parametrize("seconds", [0.02, 0.2])
+def test_a_signal_ends_a_call_that_records_run(
+    comm: Communicator, compared: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arrays live on while a message is pending, and no later call takes up the one that was ended."""
+    monkeypatch.setenv("HPCCOMM_CONSISTENCY", compared)
+    ours = Communicator(comm.Dup())
+
+    class InterruptionError(Exception):
+        pass
+
+    def interrupt(*_: Any) -> None:
+        raise InterruptionError
+
+    def call() -> Any:
+        x = np.ones(7)
+        gone.append(weakref.ref(x))
+        ours.Allreduce(MPI.IN_PLACE, x, algorithm="ring")
+        return x
+
+    gone: list[Any] = []
+    for _ in range(4):
+        assert (call() == 2).all()
+    assert not any(each() is not None for each in gone)
+    comm.Barrier()
+    if comm.rank == 1:
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        with pytest.raises(InterruptionError):
+            call()
+        signal.signal(signal.SIGALRM, before)
+        gc.collect()
+        assert gone[-1]() is not None, "a message is still pending for this array"
+        with pytest.raises(TransportError, match="out of step"):
+            call()
+    comm.Barrier()
 
 
 TRUNCATED = """
@@ -507,7 +572,7 @@ def test_mistakes_are_named_whichever_path_a_rank_takes(ours: Communicator, algo
         lambda: ours.Bcast(x[4], root=int(odd)),
         lambda: ours.Allgather(x[4], np.empty(4 * ours.size)) if odd else ours.Allreduce(x[4], np.empty(4)),
     )
-    for mistake in mistakes if algorithm == "shared" else mistakes[:4]:  # by messages a root goes on alone
+    for mistake in mistakes if algorithm == "shared" else mistakes[:4]:  # by messages the root completes a Bcast first
         for _ in range(2):
             with pytest.raises(HpccommError, match="rank 1 called"):
                 mistake()

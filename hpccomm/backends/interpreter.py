@@ -14,6 +14,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpccomm.calls.buffers import address_of
+from hpccomm.calls.plans import KEPT
 from hpccomm.collectives.engine import Combine, Vector
 from hpccomm.collectives.records import Meeting, Program
 from hpccomm.kernels import objects
@@ -101,7 +102,10 @@ class CompiledSchedule:
         return objects.address("interpret")
 
     def copy(self, *given: int) -> CompiledSchedule:
-        """The same with memory of its own, except for the buffers at the addresses ``given``, which it must be told."""
+        """The same with memory of its own, but for buffers at the addresses ``given``.
+
+        The caller writes the addresses of those into ``run`` before each run.
+        """
         vector, source = (
             each if each is None else each[:0] if address_of(each) in given else each.copy()
             for each in self.buffers[:2]
@@ -189,5 +193,3 @@ class CompiledSchedule:
 
 
 OPERANDS = (("buffer", "at"), ("operand", "operand_at"))
-KEPT: list[Any] = []
-"""The memory of messages that were pending when a schedule ended with an error."""

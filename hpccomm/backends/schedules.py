@@ -36,7 +36,7 @@ StallHandler = Callable[[float, list[int]], None]
 
 
 LONGEST_ROW = 1 << 16
-"""Up to so many bytes compiled code makes a call by itself; what Python adds to a longer one is less than its noise."""
+"""Longer calls take the Python path, which costs less than their times vary."""
 
 SEGMENT_BYTES = 1 << 17
 """Length of a segment in chains and trees when the tuning table names none."""
@@ -83,7 +83,7 @@ class OnMessages(Backend):
         row = None
         if plain and isinstance(bound, CompiledSchedule) and not bound.needs_python:
             row = RecordCall(call.fingerprint.word, bound, call.signature.synchronises)
-        return Plan(compose(acts), bound.free, row=row)
+        return Plan(compose(acts), bound.free, row=row, pends=True)
 
     def form_of(self, call: Call, nbytes: int, shared: bool) -> Form:
         """What runs for a choice: its algorithm, in segments where they make it faster."""

@@ -207,22 +207,17 @@ class ConsistencyTable:
     def stay_in_reach(self, amounts: Amounts | None = None) -> None:
         """Wait for members that are so far behind that this rank would overwrite what they have to compare."""
         if self._is_out_of_reach(self._seq, amounts):
-            self.wait()
-        self.complete(amounts)
+            self.wait(amounts)
 
     def _is_out_of_reach(self, seq: int, amounts: Amounts | None) -> bool:
         """Whether a member is that far behind call ``seq``.
 
-        Amounts would be overwritten by that call, entries by those until the next that asks.
+        A call with amounts overwrites those of an older one.  Entries are many: every 32nd call looks, and so speaks
+        for all up to the next that does.
         """
         reach, last = (AMOUNT_CALLS - 1, seq) if amounts else (CALLS // 2, seq + 1)
         asks = amounts or last % reach == 0
         return bool(asks) and any(abs(self._words[peer + STATUS]) + reach < last for peer in self._peers)
-
-    def complete(self, amounts: Amounts | None) -> None:
-        """Write the amounts of this call, in reach of all members now, if :meth:`begin` has not."""
-        if amounts and self._words[self._find_amounts(self._base, self._seq)] != self._seq:
-            self._write_amounts(self._seq, amounts)
 
     def begin(self, word: int, amounts: Amounts | None = None) -> None:
         """Enter a call without comparing it."""
@@ -332,10 +327,11 @@ class ConsistencyTable:
                 )
         return ""
 
-    def wait(self) -> None:
+    def wait(self, amounts: Amounts | None = None) -> None:
         """Wait until every member has entered this call, then compare; all members raise if one differs.
 
-        The waiting rank drives MPI: a member may still wait for the end of a message that this rank has sent before.
+        ``amounts`` that :meth:`begin` has not written are written when all members are in reach, which is before they
+        enter.  The waiting rank drives MPI: a member may still wait for the end of a message that it has sent before.
         """
         words, seq = self._words, self._seq
         slot = seq % CALLS
@@ -343,6 +339,7 @@ class ConsistencyTable:
             polls, began, checked = 0, 0.0, 0.0
             while words[peer + slot] >> DIGEST_BITS < seq:
                 polls += 1
+                self._complete(amounts)
                 if polls <= EAGER_POLLS:
                     continue
                 now = time.monotonic()
@@ -354,7 +351,18 @@ class ConsistencyTable:
                     self.raise_if_deadlocked()
                     if now - began > MEETING_SECONDS:
                         self.raise_if_refused(peer, rank)
+        self._complete(amounts)
         self.compare_entries()
+
+    def _complete(self, amounts: Amounts | None) -> None:
+        """Write the amounts of this call, if all members are in reach and :meth:`begin` has not."""
+        seq = self._seq
+        if (
+            amounts
+            and self._words[self._find_amounts(self._base, seq)] != seq
+            and not self._is_out_of_reach(seq, amounts)
+        ):
+            self._write_amounts(seq, amounts)
 
     def announce_code(self) -> None:
         """Write the number of the first call at whose entry this rank had the compiled functions."""
@@ -734,7 +742,7 @@ _departure = Departure(_tables)
 os.register_at_fork(after_in_child=_tables.clear)
 
 
-CLAIM_SECONDS = 0.01
+CLAIM_SECONDS = 0.1
 """How long a rank that will report an error waits for others that say so at the same time."""
 _reported = set[int]()
 """The errors that this process has reported."""

@@ -3,9 +3,9 @@
 *A kind of call: collective, operation, root, algorithm, dtype, in place or not, and a range of lengths.*  The entry is
 one built-in function a collective of a communicator.  It reads NumPy arrays and mpi4py's lists of array, count and
 datatype, finds the row of the call's kind, writes addresses and length into that row's call record and runs its
-kernel, or compares the ranks' calls and calls MPI's function.  A call that it does not know, or that fails, it answers
-with a code: the Python path takes the call, and adds a row.  The key of a row consists of objects that the table keeps
-alive, never of the user's arrays.
+kernel; or it compares the ranks' calls and calls MPI's function, or runs the records of a schedule for one length.  A
+call that it does not know, or that fails, it answers with a code: the Python path takes the call, and adds a row.  The
+key of a row consists of objects that the table keeps alive, never of the user's arrays.
 
 ``HPCCOMM_ENTRY=off`` leaves every call to the Python path.
 """
@@ -261,7 +261,8 @@ class Entry:
         """
         by_records = isinstance(call, RecordCall)
         exact = bool(key.layout) or by_records
-        if exact and self._is_first(key):
+        full = by_records and sum(each["backend"] == records.BY_RECORDS for _, each in self._keys) >= MAX_RECORD_ROWS
+        if full or (exact and self._is_first(key)):
             return  # many programs use one layout or length once
         name, item = COLLECTIVES[key.kind & 0xFF], self._items[key.kind >> records.TOKEN_BITS]
         blocks = 1 if name in ONE_BLOCK else max(1, self._facts[name]["recv_blocks"]) * (name not in UNCOUNTED)
@@ -271,14 +272,14 @@ class Entry:
             values = record_values(call, key) if by_records else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
         first, last = class_lengths(key.nbytes)
-        least, most = max(call.lengths[0], first), min(call.lengths[1], last)
         if exact:
             least = most = item = key.nbytes  # the row takes this one length, whatever is counted
             blocks = count
+        else:
+            least, most = max(call.lengths[0], first), min(call.lengths[1], last)
         if count != key.nbytes // item * blocks or not least <= key.nbytes <= most:
             return
-        rows = [each for _, each in self._keys if not by_records or each["backend"] == records.BY_RECORDS]
-        if len(rows) >= (MAX_RECORD_ROWS if by_records else MAX_ROWS):
+        if len(self._keys) >= MAX_ROWS:
             self.clear()
         values |= {"text": text, "least": least, "most": most, "item": item, "blocks": blocks, "template": template}
         values |= {"number": len(self._calls), **{name: getattr(key, name) for name in ROW_KEY}}
@@ -335,7 +336,10 @@ class Entry:
         fill(self._rows[at : at + 1], **values)
 
     def run_native(self, code: int, native: Callable[..., Any], *arguments: Any) -> Any:
-        """Run MPI's own collective for a call whose door has returned ``code``, and compare the ranks' calls."""
+        """Make a call on messages whose door has returned ``code``, and compare the ranks' calls.
+
+        ``native`` is MPI's own collective, which is not called if records run here.
+        """
         answer = code & ~NATIVE_IN_PLACE
         if answer == INTERRUPTED:
             self.check_interrupted()
@@ -345,9 +349,7 @@ class Entry:
             native, arguments = self._run_records, (answer, arguments)
         try:
             if self._table is None:
-                result = native(*arguments)
-                self._leave()
-                return result
+                return self._run_uncompared(native, *arguments)
             with self._entered:
                 if answer not in (NATIVE, FAILED, LEAVING, UNFINISHED):
                     self._settle(answer)
@@ -357,15 +359,41 @@ class Entry:
             self._end_event()
             raise
 
+    def _run_uncompared(self, native: Callable[..., Any], *arguments: Any) -> Any:
+        """Make a call on messages where the ranks' calls are not compared."""
+        try:
+            result = native(*arguments)
+        except (MPI.Exception, HpccommError):
+            self._clear_pending()
+            raise
+        self._clear_pending()
+        self._leave()
+        return result
+
     def _read_row(self, name: str) -> int:
         """A field of the row of the running call."""
         return load(int(self._record["row"]) + offset_of(records.ROW_RECORD, name))
 
+    @property
+    def _row_call(self) -> Any:
+        """What the row of the running call runs."""
+        return self._calls[self._read_row("number")]
+
     def _run_records(self, answer: int, buffers: tuple[Any, ...]) -> None:
         """Run the records of the row on the call's ``buffers``, or go on with them."""
-        code = int(self._record["failure"]) if answer == UNFINISHED else None
-        self._calls[self._read_row("number")].resume(code, *buffers)
+        code, self._resumes = int(self._record["left"]) if answer == UNFINISHED else None, True
+        try:
+            self._row_call.resume(code, *buffers)
+        finally:
+            self._resumes = False
+            self._let_go()
         self._copy_short()
+
+    def _let_go(self) -> None:
+        """Let go of the buffers of a call that compiled code has left to Python."""
+        for name in ("held_send", "held_recv"):
+            ctypes.pythonapi.Py_DecRef(ctypes.c_void_p(int(self._record[name])))
+            self._record[name] = 0
 
     def _copy_short(self) -> None:
         """Copy the result of a call whose receive buffer ends before the padding of its last pair."""
@@ -399,7 +427,7 @@ class Entry:
             self._record["row"] = self._no_row.ctypes.data  # calls inside this one may have moved its own row
 
     def _leave_native(self) -> None:
-        """Leave a call of MPI's."""
+        """Leave a call on messages."""
         self._pending.value = 0
         if self._leave() is not None:
             self._table.leave()
@@ -420,7 +448,7 @@ class Entry:
         """Continue a call in shared memory whose kernel has ended with ``code``, which its door has returned."""
         self._resumes = True
         try:
-            self._calls[self._read_row("number")].resume(code)
+            self._row_call.resume(code)
         except HpccommError:
             self._pending.value = 0
             raise
@@ -439,23 +467,28 @@ class Entry:
             )
         if self._pending.value:
             self._end_event()
-            for each in filter(None, (self._memory, self._table)):
-                each.abandon()
-            raise TransportError(
+            error = TransportError(
                 f"rank {self._rank}: an exception has ended the last call before it was complete, so this communicator "
                 "is out of step: free it and make a new one"
             )
+            if self._pending.value == UNFINISHED and self._record["held_send"]:
+                self._row_call.abandon(error)
+            for each in filter(None, (self._memory, self._table)):
+                each.abandon()
+            raise error
 
     def _settle(self, code: int) -> None:
         """Wait for the other ranks, where the entry has not, and compare their calls with this rank's."""
-        amounts = self._read_amounts()
-        if code >= BEFORE_NATIVE:
-            self._meeting.resume(code - BEFORE_NATIVE)
-        if code == LATE:
-            self._table.compare_nodes(amounts)
-            self._table.wait()
-        self._table.complete(amounts)
-        self._table.compare_entries()
+        amounts, self._resumes = self._read_amounts(), True
+        try:
+            if code >= BEFORE_NATIVE:
+                self._meeting.resume(code - BEFORE_NATIVE)
+            if code == LATE:
+                self._table.compare_nodes(amounts)
+                self._table.wait(amounts)
+            self._table.compare_entries()
+        finally:
+            self._resumes = False
 
     def _read_amounts(self) -> Amounts | None:
         """What the running call sends to each rank and receives from each, if that may differ between ranks."""
@@ -569,6 +602,7 @@ def python_addresses() -> dict[str, int]:
     """Addresses of Python's own objects and functions."""
     functions = {
         "as_integer": ctypes.pythonapi.PyLong_AsLongLongAndOverflow,
+        "hold": ctypes.pythonapi.Py_IncRef,
         "save_thread": ctypes.pythonapi.PyEval_SaveThread,
         "restore_thread": ctypes.pythonapi.PyEval_RestoreThread,
     }

@@ -44,7 +44,6 @@ class RecordCall(NamedTuple):
     """The :class:`hpccomm.backends.interpreter.CompiledSchedule`."""
     synchronises: bool
     """Whether no rank completes the call before all have begun it."""
-    lengths: tuple[int, int] = (0, 1 << 62)
 
 
 COUNT_ARGUMENTS = ("sent_counts", "sent_places", "received_counts", "received_places")
@@ -60,11 +59,18 @@ class Plan:
     result: Any = None
     """The return value of the call, if it has one."""
     row: Any = None
-    """From which the compiled entry makes a row for other calls of the kind: a call in shared memory or of MPI."""
+    """From which the compiled entry makes a row for other calls of the kind: a call in shared memory, a
+    :class:`NativeCall` or a :class:`RecordCall`."""
     text: int = 0
     """The number of its text in the flight recorder; 0 without one."""
     lasts: bool = True
     """Whether it may be kept: it holds no reference to the user's arrays."""
+    pends: bool = False
+    """Whether an error may leave messages pending, which need the user's memory."""
+
+
+KEPT: list[Any] = []
+"""The memory of messages that were pending when a call ended with an error."""
 
 
 def compose(moves: Sequence[Run | None]) -> Run:

@@ -74,7 +74,7 @@ from hpccomm.kernels.entry.records import (
     VOID_KIND,
     WRITEABLE,
 )
-from hpccomm.kernels.interpreter.records import RUN_RECORD
+from hpccomm.kernels.interpreter.records import EAGER_POLLS, RUN_RECORD
 from hpccomm.kernels.shared_memory.collectives import DONE, MAX_WAIT, RETRY, TABLE
 from hpccomm.kernels.shared_memory.memory import (
     call_0,
@@ -107,6 +107,7 @@ IN_PLACE = offset_of(ENTRY_RECORD, "in_place")
 ANSWERS = offset_of(ENTRY_RECORD, "answers")
 COUNTS_REFERENCES = offset_of(ENTRY_RECORD, "counts_references")
 AS_INTEGER = offset_of(ENTRY_RECORD, "as_integer")
+HOLD = offset_of(ENTRY_RECORD, "hold")
 SAVE_THREAD = offset_of(ENTRY_RECORD, "save_thread")
 RESTORE_THREAD = offset_of(ENTRY_RECORD, "restore_thread")
 ITEM_SIZE = offset_of(ENTRY_RECORD, "item_size")
@@ -133,6 +134,8 @@ LAYOUT = offset_of(ENTRY_RECORD, "layout")
 BLOCKS = offset_of(ENTRY_RECORD, "blocks")
 COUNTS_AT = offset_of(ENTRY_RECORD, "counts")
 FAILURE = offset_of(ENTRY_RECORD, "failure")
+LEFT = offset_of(ENTRY_RECORD, "left")
+HELD = offset_of(ENTRY_RECORD, "held_send")
 NBYTES = offset_of(ENTRY_RECORD, "nbytes")
 SEND = offset_of(ENTRY_RECORD, "send")
 RECV = offset_of(ENTRY_RECORD, "recv")
@@ -258,8 +261,6 @@ SOURCE = offset_of(RUN_RECORD, "source")
 BLOCK_TABLE, ALLGATHER_TABLE = TABLES.index("blocks"), TABLES.index("allgather")
 SHORT_WAIT_NS = 20_000
 """Nanoseconds for which a short call waits before it releases the GIL."""
-EAGER_POLLS = 50
-"""Polls before it yields its core."""
 SENT, RECEIVED = 0, 1
 BOTH_UNEVEN = SENT_UNEVEN | RECEIVED_UNEVEN
 
@@ -281,10 +282,10 @@ def enter(self, arguments, count):
             if code == NATIVE and load(row + FUNCTION) != 0:
                 code = call_mpi(entry, row)
             elif code == NATIVE and load(row + BACKEND) == BY_RECORDS:
-                code = run_records(entry, row)
+                code = run_records(entry, row, arguments)
             if code != DONE:
+                store(entry + PENDING, code if load(entry + ENTRIES) != 0 or code == UNFINISHED else 0)
                 code += NATIVE_IN_PLACE * load(entry + WITHIN)
-                store(entry + PENDING, code if load(entry + ENTRIES) != 0 else 0)
         else:
             aim(entry, row)
             code = run(entry, load(row + CALL), load(row + KERNEL), load(row + RELEASES))
@@ -297,7 +298,7 @@ def enter(self, arguments, count):
 
 
 def leave(self, arguments, count):
-    """``leave()`` after one of MPI's own collectives: None, or DIFFER if another rank called something else."""
+    """``leave()`` after a call on messages by Python: None, or DIFFER if another rank called something else."""
     entry = load(load(self + ARRAY_DATA) + ENTRY)
     end_event(entry)
     return answer(entry, leave_table(entry))
@@ -815,7 +816,7 @@ def run(entry, call, kernel, releases):
     return code
 
 
-# MPI's own collectives
+# Calls on messages
 
 
 def own_row(entry):
@@ -831,10 +832,10 @@ def start_messages(entry, row):
     if load(entry + ENTRIES) == 0:
         return NATIVE
     fingerprint, own = fingerprint_word(row, load(entry + NBYTES)), own_row(entry)
-    number, uneven = abs(load(own + W * STATUS)) + 1, load(row + ROW_UNEVEN) != 0
+    number = abs(load(own + W * STATUS)) + 1
     late = is_out_of_reach(entry, row, number)
     store(own + W * (COUNTS + number % CALLS), fingerprint >> COUNT_SHIFT)
-    if uneven and not late:
+    if load(row + ROW_UNEVEN) != 0 and not late:
         write_amounts(entry, row, number)
     store_release(own + W * (number % CALLS), number << DIGEST_BITS | (fingerprint & DIGEST_MASK))
     store_release(own + W * STATUS, number)
@@ -844,8 +845,6 @@ def start_messages(entry, row):
         code = meet(entry, number, fingerprint)
         if code != DONE:
             return code
-        if uneven and late:
-            write_amounts(entry, row, number)
     elif late:
         return LATE
     return NATIVE if load(row + COMPARES) == COMPARED_AFTERWARDS else compare_entries(entry)
@@ -878,13 +877,20 @@ def buffer_from(entry, place, own):
     return load(entry + RECV) if place == FROM_RECEIVED else own
 
 
-def run_records(entry, row):
-    """Run records and compare: DONE, LEAVING, or UNFINISHED, after which Python goes on with them."""
+def run_records(entry, row, arguments):
+    """Run records and compare: DONE, LEAVING, or UNFINISHED, after which Python goes on with them.
+
+    The buffers are kept until then: an exception, such as Ctrl-C, may come first, while messages are pending.
+    """
     thread = call_0(load(entry + SAVE_THREAD))
     code = call_1(load(row + KERNEL), load(row + CALL))
     call_1(load(entry + RESTORE_THREAD), thread)
-    store(entry + FAILURE, code)
+    store(entry + FAILURE, 0)
+    store(entry + LEFT, code)
     if code != DONE:
+        for k in range(2):
+            store(entry + HELD + W * k, load(arguments + W * k))
+            call_1(load(entry + HOLD), load(arguments + W * k))
         return UNFINISHED
     return DONE if leave_table(entry) == DONE else LEAVING
 
@@ -892,7 +898,8 @@ def run_records(entry, row):
 def is_out_of_reach(entry, row, number):
     """Whether a rank is so far behind that this one would overwrite what it has to compare.
 
-    Amounts would be overwritten by this call, entries by those until the next that asks.
+    A call with amounts overwrites those of an older one.  Entries are many: every 32nd call looks, and so speaks for
+    all up to the next that does.
     """
     even = load(row + ROW_UNEVEN) == 0
     reach, last = (CALLS >> 1, number + 1) if even else (AMOUNT_CALLS - 1, number)

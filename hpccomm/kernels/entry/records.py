@@ -21,19 +21,19 @@ ENTRY_RECORD = record(
         *words("types", "types_mask"),  # the table of TYPE_RECORDs
         *words("array_type", "list_type", "tuple_type", "int_type", "int64_type", "int32_type"),  # addresses of types
         *words("none", "in_place", "answers", "counts_references"),  # answers: addresses of the small integers
-        *words("as_integer", "save_thread", "restore_thread"),  # functions of CPython
+        *words("as_integer", "hold", "save_thread", "restore_thread"),  # functions of CPython
         *words("item_size", "rank", "rank_object", "size"),  # item_size: its offset in a dtype object
         *words("state", "patience"),  # of shared memory: its state record, and how long a call waits for ranks
         *words("registered", "registrations"),  # addresses of ALLOCATION_RECORDs and of their number
         *words("entries", "row_bytes", "members", "member"),  # the consistency table; 0 without one
         *words("member_ranks", "amounts_at"),  # address of its ranks; bytes from the start of a row to its amounts
-        *words("meeting", "meet"),  # call record and kernel of the barrier before MPI's synchronising collectives
+        *words("meeting", "meet"),  # call record and kernel of the barrier before synchronising calls on messages
         *words("kind", "op", "root", "algorithm", "layout"),  # the key of the running call
         *words("nbytes", "send", "recv", "row"),  # its length, its addresses and its row
         *words("blocks"),  # address of the lengths and places of its blocks, sent and received; 4 x size words
-        *words(
-            "counts", "failure"
-        ),  # address of the same in elements, 4 x size integers for MPI; what MPI or the interpreter has returned
+        *words("counts"),  # address of the same in elements, 4 x size integers for MPI
+        *words("failure", "left"),  # what MPI has returned; what the interpreter has answered
+        *words("held_send", "held_recv"),  # the call's buffers, which are kept while records are unfinished
         *words("pending"),  # whether a call awaits Python, which goes on with it
         *words("sends", "receives", "within", "call_token"),  # its blocks; whether it is in place; its dtype
         *words("ring", "events", "last_event"),  # of the flight recorder: its number of calls, and its EVENT_RECORDs
@@ -102,14 +102,14 @@ TABLES = ("none", "blocks", "allgather", "alltoall")
 IN_SHARED_MEMORY, BY_MPI, BY_RECORDS = 1, 2, 3
 COMPARED_AT_ENTRY, COMPARED_TOGETHER, COMPARED_AFTERWARDS = 0, 1, 2
 """When a row's calls on messages are compared: with the ranks that have entered; with all, which must meet before; when
-they are complete, as a rank whose call is different gets a message that is not its own."""
+they are complete, as two ranks whose calls are different get messages that are not theirs."""
 FROM_SENT, FROM_RECEIVED = 1, 2
 NOT_MINE, MISS, NATIVE, DIFFER, LATE, INTERRUPTED, FAILED, LEAVING, UNFINISHED = 5, 6, 7, 8, 9, 10, 11, 12, 13
 """Answers of the entry beyond those of the kernels: not readable here; readable, but no row; a call on messages, which
 Python makes; the same, but ranks differ; the same, but ranks have not entered; the call before was left half done; MPI
 has returned an error; the call is complete, but ranks differ; records have left something to Python."""
 NATIVE_IN_PLACE = 16
-"""Added to an answer for one of MPI's own collectives in place."""
+"""Added to an answer for a call on messages in place."""
 BEFORE_NATIVE = 32
 """Added to what the kernel of the barrier before MPI's own collective answers."""
 

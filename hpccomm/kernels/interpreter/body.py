@@ -9,6 +9,7 @@ from hpccomm.kernels.interpreter.records import (
     COMBINE,
     COPY,
     DONE,
+    EAGER_POLLS,
     FAILED,
     MEETING,
     MEETING_RECORD,
@@ -87,12 +88,12 @@ CALL_RECV = offset_of(CALL_RECORD, "recv")
 LOW_HALF = 0xFFFFFFFF
 SHORT_BYTES = 1 << 16
 """Up to so many bytes a rank may sleep while it waits: MPI libraries move a part of a longer message in each poll."""
-EAGER_POLLS, EAGER_NS = 50, 5_000_000
-"""How long a rank polls before it yields its core, and then before it sleeps."""
+EAGER_NS = 5_000_000
+"""How long a rank yields its core between two polls, before it sleeps."""
 SHORTEST_NS, LONGEST_NS = 50_000, 1_000_000
 """A sleep lasts a part of the time waited so far, within these limits: this rank's other messages need it, too."""
 PATIENCE_NS = 50_000_000
-"""After so long a wait returns to Python, which handles signals and looks for ranks that can never come."""
+"""After so long a wait returns to Python, which handles signals, and looks for ranks that never come to a node step."""
 
 
 def interpret(run):

@@ -42,6 +42,8 @@ MEETING_RECORD = record(words("kernel", "call", "operand", "send_at", "recv_at")
 """The kernel of a node step, its call record, and where that reads and writes: bytes from the beginning of the operand,
 which is VECTOR or SOURCE, and of the vector."""
 
+EAGER_POLLS = 50
+"""Polls of a wait before the rank yields its core."""
 DONE, PAUSED, FAILED, STRAY, COMBINE, MEETING = range(6)
 """What a run returns: it is done; a message is late, call again; MPI has returned an error; a message of another call
 has arrived; Python must reduce; a kernel has not finished, or refuses."""
