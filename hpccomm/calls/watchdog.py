@@ -292,6 +292,10 @@ class StallReport(Report):
         if self._end or os.environ.get("HPCCOMM_STALL_ACTION") == "abort":
             abort_all(self._end or f"rank {me} aborts all ranks: HPCCOMM_STALL_ACTION=abort")
 
+    def is_missing(self, state: State) -> bool:
+        """Whether a rank has not entered the call; of one without a number it is known of ranks that are in none."""
+        return state.call < self._event.call if self._event.call > 0 else not state.waits
+
     def order(self, state: State) -> bool:
         """Whether a rank comes last in the list: one that waits as it should."""
         return state.waits and state.call == self._event.call and not state.condition
@@ -300,7 +304,7 @@ class StallReport(Report):
         """Who waits, for how long, and who is missing."""
         event = self._event
         known = {rank: each for rank, each in states.items() if each.text != "on another node"}
-        missing = [rank for rank, each in sorted(known.items()) if each.call < event.call]
+        missing = [rank for rank, each in sorted(known.items()) if self.is_missing(each)]
         silent = [rank for rank, each in sorted(states.items()) if each.condition and rank not in missing]
         parts = [
             f"rank {self.group.rank}: {event} not complete after {(clock() - event.begin) / 1e9:.0f} s",
