@@ -25,8 +25,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeVar
 
-from hpccomm.bench.report import processor, versions
+from hpccomm.bench.report import versions
 from hpccomm.cluster.nodes import Cluster
+from hpccomm.performance.probe import processor_name
 
 try:
     from tqdm import tqdm
@@ -264,7 +265,7 @@ def describe_run() -> dict[str, Any]:
     name = Path(sys.argv[0]).stem.replace("_", "-")
     return {
         "machine": {
-            "processor": processor(),
+            "processor": processor_name(),
             "cores": len(os.sched_getaffinity(0)),
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         },

@@ -12,6 +12,11 @@ LIKENESS = 0.6
 """The likeness of two words from which one is taken for a misspelling of the other (difflib's default)."""
 
 
+def flag_of(name: str) -> str:
+    """The flag of an argument, as the user writes it."""
+    return f"--{name.replace('_', '-')}"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the word that was probably meant and the command that lists all."""
 

@@ -186,9 +186,10 @@ def file_name(mpi: str) -> str:
 
 def load(mpi: str) -> tuple[Row, ...]:
     """What earlier programs have decided on this machine; a file that cannot be read is as good as none."""
+    name = file_name(mpi)
     for folder in objects.folders():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            rows = tuning.read(folder / file_name(mpi)).rows
+            rows = tuning.read(folder / name).rows
             return tuple(row for row in rows if (row.mpi, row.cpu) == (mpi, probe.processor_name()))
     return ()
 

@@ -77,6 +77,12 @@ class Library(NamedTuple):
     version: str
     path: str
 
+    @property
+    def name(self) -> str:
+        """Name and number of the version, as tuning tables have them."""
+        number = re.search(r"\d+(\.\d+)+", self.version)
+        return f"{self.family.library} {number[0] if number else ''}".strip()
+
 
 @functools.cache
 def library() -> Library:

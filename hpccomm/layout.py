@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Link(NamedTuple):
@@ -89,25 +93,34 @@ class Layout:
         return f"{self.size} ranks on {self.count} nodes ({shape}, {order}): {', '.join(self.names)}"
 
 
-def fast_networks(folder: Path = Path("/sys/class")) -> list[str]:
+def fast_networks(folder: str | Path = "/sys/class") -> list[str]:
     """This host's network devices that bypass TCP: InfiniBand, RoCE, EFA, Omni-Path, Slingshot."""
-    return sorted(each.name for kind in ("infiniband", "cxi") for each in (folder / kind).glob("*"))
+    return sorted(name for kind in ("infiniband", "cxi") for name in list_names(f"{folder}/{kind}"))
 
 
-def ethernets(folder: Path = Path("/sys/class/net")) -> list[str]:
+def ethernets(folder: str | Path = "/sys/class/net") -> list[str]:
     """Ethernet links of this host that are up."""
+    wanted = {"type": "1", "operstate": "up"}
     return sorted(
-        each.name
-        for each in folder.glob("*")
-        if read_attribute(each / "type") == "1" and read_attribute(each / "operstate") == "up"
+        each
+        for each in list_names(folder)
+        if all(read_attribute(f"{folder}/{each}/{name}") == value for name, value in wanted.items())
     )
 
 
-def read_attribute(file: Path) -> str:
+def list_names(folder: str | Path) -> list[str]:
+    """The names in a folder of sysfs; none if there is no such folder."""
+    with suppress(OSError):
+        return os.listdir(folder)
+    return []
+
+
+def read_attribute(file: str | Path) -> str:
     """The contents of a file of sysfs; empty if it cannot be read."""
     try:
-        return file.read_text(encoding="utf-8").strip()
-    except OSError:
+        with open(file, encoding="utf-8") as opened:
+            return opened.read().strip()
+    except (OSError, UnicodeDecodeError):
         return ""
 
 

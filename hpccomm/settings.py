@@ -80,14 +80,13 @@ CHECKS: dict[str, Callable[[str], str]] = {
 
 def check_environment(environ: Mapping[str, str]) -> None:
     """Raise ArgumentError for a variable ``HPCCOMM_*`` that does not exist or has a wrong value."""
-    for name, value in environ.items():
-        if not name.startswith("HPCCOMM_"):
-            continue
+    for name in filter(lambda each: each.startswith("HPCCOMM_"), environ):
         if name not in CHECKS:
             import difflib
 
             close = difflib.get_close_matches(name, CHECKS, 1, cutoff=0.8)
             raise ArgumentError(f"{name} is not a setting of hpccomm: use {' or '.join(close or CHECKS)}")
+        value = environ[name]
         remedy = CHECKS[name](value) if value else ""
         if remedy:
             raise ArgumentError(f"{name}={value!r} is not known: {remedy}")

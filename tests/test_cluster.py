@@ -30,14 +30,13 @@ import json, sys
 import numpy as np
 from mpi4py import MPI
 import hpccomm
-from hpccomm.testing import verifiable
 comm = hpccomm.Communicator(MPI.COMM_WORLD)
 right = []
 for algorithm in ("auto", "native", "hierarchical", "ring"):
     for n in (5, 100_003):
-        a = verifiable.operand(comm.rank, comm.size, n, "f4")
+        a = np.arange(n, dtype="f4") % 64 + comm.rank
         comm.Allreduce(MPI.IN_PLACE, a, algorithm=algorithm)
-        right.append(bool((a == verifiable.reduction(comm.size, n, "f4")).all()))
+        right.append(bool((a == np.arange(n) % 64 * comm.size + sum(range(comm.size))).all()))
 everybody = comm.allgather(all(right))
 if comm.rank == 0:
     print(json.dumps([comm.layout.nodes.tolist(), comm.layout.names, everybody]))

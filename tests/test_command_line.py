@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 
@@ -13,11 +12,6 @@ from hpccomm import __main__ as command_line
 from hpccomm import __version__
 from hpccomm.__main__ import COMMANDS, main
 from hpccomm.launcher import launch_command
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_summary_in_the_table_is_the_commands_own(name: str) -> None:
-    assert COMMANDS[name] == import_module(f"hpccomm.commands.{name}").SUMMARY
 
 
 @pytest.mark.parametrize("name", COMMANDS)

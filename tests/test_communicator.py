@@ -8,11 +8,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import verifiable
 from mpi4py import MPI
 
 import hpccomm
 from hpccomm import ArgumentError, Communicator
-from hpccomm.testing import verifiable
 
 pytestmark = pytest.mark.mpi
 

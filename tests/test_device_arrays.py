@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from fake_device import SIDE, FakeArray, FakeDevice
 from mpi4py import MPI
+from thread_ranks import ThreadTransport, run_on_threads
 
 import hpccomm
 from hpccomm import ArgumentError, MismatchError, arrays
@@ -25,7 +26,6 @@ from hpccomm.settings import ON_HOST
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Extent, Staging
-from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
 SIZES = (1, 2, 3, 5, 7)
 F4 = np.dtype("f4")

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from thread_ranks import ThreadTransport, run_on_threads
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.engine import bind, bind_program, bind_segments, even_cuts
 from hpccomm.collectives.lowering import Layout, lower
 from hpccomm.collectives.schedule import Algorithm, NodeStep
 from hpccomm.errors import MismatchError
-from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
 SIZES = (1, 2, 3, 4, 5, 7, 8)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from thread_ranks import ThreadTransport, run_on_threads
 
 from hpccomm.__main__ import main
 from hpccomm.collectives import ALGORITHMS
@@ -15,8 +16,6 @@ from hpccomm.collectives.hierarchical import (
     HIERARCHICAL,
     build_allgather,
     build_reduce_scatter,
-    reorder_by_block,
-    reorder_by_rank,
 )
 from hpccomm.collectives.schedule import Algorithm, without_node_steps
 from hpccomm.collectives.verify import verify_algorithm
@@ -24,7 +23,6 @@ from hpccomm.errors import ScheduleError
 from hpccomm.layout import Link
 from hpccomm.performance.cost import predict, price
 from hpccomm.performance.machine import Machine
-from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
 HALVES = ("allgather", "reduce_scatter")
 SHAPES = [(4, 2), (6, 3), (6, 2), (8, 4), (5, 1), (3, 3), (1, 1)]
@@ -80,7 +78,7 @@ def test_a_gather_in_two_levels_is_a_flat_gather(nodes: list[int]) -> None:
             blocks = np.full_like(want, -1)
             blocks[algorithm.own_blocks(p)[transport.rank]] = want[transport.rank]
             run_one(transport, algorithm, blocks.reshape(-1))
-            return reorder_by_rank(blocks, nodes)
+            return blocks[algorithm.own_blocks(p)]
 
         assert all(np.array_equal(found, want) for found in run_on_threads(p, gather))
 
@@ -92,18 +90,13 @@ def test_a_reduce_scatter_in_two_levels_is_a_flat_one(nodes: list[int]) -> None:
         mine = [pad((rank + 1) * 100 + np.arange(length) % 97, p) for rank in range(p)]
 
         def reduce(transport: ThreadTransport, mine: Any = mine) -> Any:
-            blocks = reorder_by_block(mine[transport.rank], nodes)
+            blocks = np.empty_like(mine[transport.rank])
+            blocks[algorithm.own_blocks(p)] = mine[transport.rank]
             run_one(transport, algorithm, blocks.reshape(-1))
             return blocks[algorithm.own_blocks(p)[transport.rank]]
 
         found = run_on_threads(p, reduce)
         assert np.array_equal(np.array(found), sum(mine))
-
-
-def test_reordering_maps_blocks_to_ranks_and_back() -> None:
-    blocks = np.arange(4)[:, None]
-    assert reorder_by_block(blocks, [0, 1, 0, 1]).ravel().tolist() == [0, 2, 1, 3]
-    assert reorder_by_rank(np.array([0, 2, 1, 3])[:, None], [0, 1, 0, 1]).ravel().tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("p", "k"), [(4, 2), (6, 3), (6, 2), (8, 4), (16, 8)])

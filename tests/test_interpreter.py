@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import verifiable
 from mpi4py import MPI
 
 import hpccomm
@@ -23,7 +24,6 @@ from hpccomm.collectives.engine import BoundSchedule
 from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.kernels import objects
 from hpccomm.kernels.interpreter import body
-from hpccomm.testing import verifiable
 from hpccomm.transports.mpi import message_functions, tag_place
 
 pytestmark = pytest.mark.mpi(min_size=2)

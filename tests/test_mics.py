@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
+from thread_ranks import Mailboxes, ThreadTransport
 
 from hpccomm import Communicator, context
 from hpccomm.algorithms.blockwise_filtering import bmuf
@@ -37,7 +38,6 @@ from hpccomm.collectives import ring
 from hpccomm.collectives.engine import bind, even_cuts
 from hpccomm.errors import ArgumentError, MismatchError
 from hpccomm.testing.ranks import RankGroup, ThreadCommunicator, run_on_ranks, vector
-from hpccomm.transports.threads import Mailboxes, ThreadTransport
 
 GOLDEN = (
     ([1, 2, 3, 4, 5, 6, 7, 8], [3, 2, 1, 0, -1, -2, -3, -4]),

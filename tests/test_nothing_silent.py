@@ -396,7 +396,7 @@ def test_what_a_view_needs_is_freed_with_its_array(comm: Communicator) -> None:
     for _ in range(20):
         make_view()
     gc.collect()
-    assert count_open_files() <= before
+    assert count_open_files(before) <= before
 
 
 @pytest.mark.mpi(sizes=(1, 2))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi4py import MPI
+from thread_ranks import ThreadTransport, run_on_threads
 
 from hpccomm import none, threshold, topk
 from hpccomm.algorithms.exchange import synchronous_sgd
@@ -31,7 +32,6 @@ from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind, even_cuts
 from hpccomm.errors import ArgumentError, HpccommError, MismatchError
 from hpccomm.testing.ranks import run_on_ranks
-from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
 Vector = Any
 DESCENT = chain(momentum(0.5), scale(-0.25))

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import verifiable
 from mpi4py import MPI
 from open_files import count_open_files
 
 from hpccomm import Communicator
-from hpccomm.testing import verifiable
 
 CALLS = 3_000
 """Each of the four communicators gets about 750: several times as many as the plans that it caches."""
@@ -177,7 +177,7 @@ def test_random_calls_are_exact_and_leak_nothing(comm: Communicator, pool: Pool)
             gc.collect()
             middle, files = resident_bytes(), count_open_files()
     gc.collect()
-    assert count_open_files() <= files
+    assert count_open_files(files) <= files
     assert resident_bytes() - middle < 64 << 20, "the number of cached plans is bounded, and so is their memory"
     assert {name for name in os.listdir("/dev/shm") if name.startswith("hpccomm")} <= names
 

@@ -13,7 +13,6 @@ from hpccomm.algorithms.sharded.cost import (
     gather_us,
     length,
     link_volume,
-    rank_volume,
     reduce_us,
     second_us,
     step_cost,
@@ -91,12 +90,6 @@ def test_predict_knows_the_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert times[1] < times[0]
     assert main(["predict", "allreduce", "--weight-code", "int8", "--secondary-shard"]) == 2
     assert "--weight-code, --secondary-shard with allreduce: these are for mics and zero3" in capsys.readouterr().err
-
-
-def test_bytes_that_a_rank_sends() -> None:
-    assert rank_volume(Shape(8, 2, 8, False), 4) == (2 * 4 * 7 / 8, 4 * 7 / 8, 0)
-    assert rank_volume(Shape(8, 2, 2), 4) == (4, 2, 2 * 3 / 4 / 2)
-    assert rank_volume(Shape(8, 2, 1), 4) == (0, 0, 2 * 7 / 8)
 
 
 @pytest.mark.parametrize(

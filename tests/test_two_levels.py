@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import verifiable
 from mpi4py import MPI
 
 from hpccomm import Communicator, context
@@ -17,7 +18,6 @@ from hpccomm.collectives.hierarchical import MESSAGE_BYTES, SEGMENT_BYTES, selec
 from hpccomm.collectives.hierarchical import SHORT_BYTES as SHORT
 from hpccomm.collectives.records import Program
 from hpccomm.layout import Link
-from hpccomm.testing import verifiable
 
 SHORT_BYTES, GATHERS_SHORT = SHORT["allreduce"], SHORT["allgather"]
 PLACEMENTS = {

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from hpccomm.testing.agree import collective_assert
-from hpccomm.testing.verifiable import DTYPES, FOLDS, operand, operations, reduction
+from verifiable import DTYPES, FOLDS, collective_assert, operand, operations, reduction
 
 SIZES = (1, 2, 3, 4, 7, 47, 64)
 CASES = [(dtype, op) for dtype in DTYPES for op in operations(dtype)]

@@ -30,7 +30,7 @@ from hpccomm.performance import probe
 from hpccomm.performance.machine import Probe
 from hpccomm.performance.units import size_of
 
-NATIVE, AUTO, AGAIN = "native", "auto", "native, again"
+NATIVE, AUTO = "native", "auto"
 SETTINGS: dict[str, dict[str, dict[str, str]]] = {
     "Open MPI": {
         "han": {"OMPI_MCA_coll_han_priority": "100"},

@@ -9,8 +9,9 @@ import platform
 import shlex
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hpccomm.performance.probe import processor_name
 
 if TYPE_CHECKING:
     from hpccomm.bench.loop import Row
@@ -24,7 +25,7 @@ def describe(comm: Any, command: Sequence[str]) -> dict[str, Any]:
         "machine": {
             "hosts": list(comm.layout.names),
             "ranks": comm.layout.describe(),
-            "processor": processor(),
+            "processor": processor_name(),
             "cores": len(os.sched_getaffinity(0)),
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         },
@@ -44,16 +45,6 @@ def versions(*packages: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def text(where: dict[str, Any], rows: Sequence[Row]) -> str:

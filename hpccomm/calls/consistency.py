@@ -46,7 +46,7 @@ from hpccomm.kernels.entry.records import (
     STATUS,
 )
 from hpccomm.observe.processes import find_process
-from hpccomm.transports.polling import LONGEST_SECONDS, pause
+from hpccomm.transports.polling import CHECK_SECONDS, LONGEST_SECONDS, pause
 
 TEXTS = 64
 LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS, REFUSED, FAILED, FAILED_BEFORE = (STATUS + k for k in range(1, 9))
@@ -68,9 +68,6 @@ MEETING_SECONDS = 1.0
 
 EAGER_POLLS, EAGER_SECONDS = 20, 1e-4
 """How long a rank waits for another one to enter a call before it yields its core, and then before it sleeps."""
-POLLS_PER_CHECK = 200
-"""Polls between two checks whether that rank can still enter it."""
-
 COUNTED = 1024
 """Fingerprints with a count that a rank knows by their digests alone."""
 
@@ -345,16 +342,19 @@ class ConsistencyTable:
         words, seq = self._words, self._seq
         slot = seq % CALLS
         for peer, rank in zip(self._peers, self._others, strict=True):
-            polls, began = 0, 0.0
+            polls, began, checked = 0, 0.0, 0.0
             while words[peer + slot] >> DIGEST_BITS < seq:
                 polls += 1
-                if polls > EAGER_POLLS:
-                    began = began or time.monotonic()
-                    pause(began, EAGER_SECONDS, 8)
-                    self.progress()
-                if polls % POLLS_PER_CHECK == 0:
+                if polls <= EAGER_POLLS:
+                    continue
+                now = time.monotonic()
+                began, checked = began or now, checked or now
+                pause(began, EAGER_SECONDS, 8)
+                self.progress()
+                if now - checked > CHECK_SECONDS:
+                    checked = now
                     self.raise_if_deadlocked()
-                    if time.monotonic() - began > MEETING_SECONDS:
+                    if now - began > MEETING_SECONDS:
                         self.raise_if_refused(peer, rank)
         self.compare_entries()
 
@@ -631,14 +631,14 @@ class ConsistencyTable:
 
         Members issue it after equally many blocking calls.
         """
-        began = time.monotonic()
+        began = checked = time.monotonic()
         for position in range(len(self.members)):
-            polls = 0
             while not self.has_issued(position, number, call):
                 pause(began, EAGER_SECONDS, 32)
                 self.progress()
-                polls, waited = polls + 1, time.monotonic() - began
-                if polls % POLLS_PER_CHECK == 0 and waited > MEETING_SECONDS:
+                now = time.monotonic()
+                if now - began > MEETING_SECONDS and now - checked > CHECK_SECONDS:
+                    checked = now
                     self.check_order(position, number, blocking_calls, call)
 
     def has_issued(self, k: int, number: int, call: Fingerprint) -> bool:

@@ -23,7 +23,6 @@ steps.  Zhang et al., *MiCS: near-linear scaling for training gigantic model on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -42,7 +41,7 @@ from hpccomm.collectives.schedule import (
     members_of_nodes,
     select_peer,
 )
-from hpccomm.collectives.volume import FULL_VOLUME, HALF_VOLUME, Volume, ring_fraction
+from hpccomm.collectives.volume import FULL_VOLUME, HALF_VOLUME, Volume, divide, ring_fraction
 
 if TYPE_CHECKING:
     from hpccomm.layout import Link
@@ -368,23 +367,6 @@ def block_order(channels: Channels) -> BlockOrder:
     return BlockOrder(own_block, ends[np.arange(count)[:, None] * width + np.arange(width + 1)])
 
 
-def own_blocks(nodes: Any) -> Ints:
-    """``(p,)`` the block that each rank owns."""
-    return block_order(channels_of(nodes)).own_block
-
-
-def reorder_by_rank(blocks: npt.NDArray[Any], nodes: Any) -> npt.NDArray[Any]:
-    """The blocks of an allgather in the order of ranks, as a new array; ``blocks`` has a row a block."""
-    return blocks[own_blocks(nodes)]
-
-
-def reorder_by_block(blocks: npt.NDArray[Any], nodes: Any) -> npt.NDArray[Any]:
-    """Blocks in the order of ranks as a reduce-scatter numbers them, as a new array; ``blocks`` has a row a block."""
-    ordered = np.empty_like(blocks)
-    ordered[own_blocks(nodes)] = blocks
-    return ordered
-
-
 # --- volumes --------------------------------------------------------------------------------------
 
 
@@ -395,7 +377,7 @@ def allreduce_volume(channels: Channels) -> Volume:
         "2(N-1)/N n/L",
         lambda p, _: 2 * (count - 1),
         lambda p, _: 2 * ring_fraction(count) / width,
-        lambda p, _: Fraction(2 * (count - 1)),
+        lambda p, _: 2 * (count - 1),
     )
 
 
@@ -407,6 +389,6 @@ def gather_volume(channels: Channels, width: int | None) -> Volume | None:
     return HALF_VOLUME._replace(
         text="(N-1)/p n",
         rounds=lambda p, _: count - 1,
-        busiest=lambda p, _: Fraction(count - 1, p),
-        total=lambda p, _: Fraction(count - 1),
+        busiest=lambda p, _: divide(count - 1, p),
+        total=lambda p, _: count - 1,
     )

@@ -22,13 +22,12 @@ Bruck et al., IEEE Trans. Parallel Distrib. Syst. 1997.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hpccomm.collectives.schedule import Rank, Step, power_of_two, select_peer
-from hpccomm.collectives.volume import Volume, ceil_lg, floor_lg, ring_fraction
+from hpccomm.collectives.volume import Vectors, Volume, ceil_lg, divide, floor_lg, ring_fraction
 
 
 class Participants(NamedTuple):
@@ -158,33 +157,33 @@ def has_fold(p: int) -> int:
     return int(pairs(p) > 0)
 
 
-def gather_volume(p: int) -> Fraction:
+def gather_volume(p: int) -> Vectors:
     """The vectors that the first participant of an allgather sends while its blocks double, a pair's counting twice."""
-    return Fraction(sum(mask + min(mask, pairs(p)) for mask in masks(power_of_two(p))), p)
+    return divide(sum(mask + min(mask, pairs(p)) for mask in masks(power_of_two(p))), p)
 
 
 HALVING_DOUBLING = Volume(
     "2(s-1)/s n, +n if folded",
     lambda p, _: 2 * floor_lg(p) + 2 * has_fold(p),
     lambda p, _: 2 * ring_fraction(power_of_two(p)) + has_fold(p),
-    lambda p, _: Fraction(2 * (p - 1)),
+    lambda p, _: 2 * (p - 1),
 )
 DOUBLING = Volume(
     "n lg s, +n if folded",
     lambda p, _: floor_lg(p) + 2 * has_fold(p),
-    lambda p, _: Fraction(floor_lg(p) + has_fold(p)),
-    lambda p, _: Fraction(power_of_two(p) * floor_lg(p) + 2 * pairs(p)),
+    lambda p, _: floor_lg(p) + has_fold(p),
+    lambda p, _: power_of_two(p) * floor_lg(p) + 2 * pairs(p),
 )
 REDUCE_SCATTER = Volume(
     "(p-1)/p n, n by those folded in",
     lambda p, _: floor_lg(p) + 2 * has_fold(p),
-    lambda p, _: Fraction(1) if has_fold(p) else ring_fraction(p),
+    lambda p, _: 1 if has_fold(p) else ring_fraction(p),
     lambda p, _: power_of_two(p) * ring_fraction(p) + pairs(p),
 )
 ALLGATHER = Volume(
     "(p-1)/p n, < 3n if folded",
     lambda p, _: floor_lg(p) + 2 * has_fold(p),
     lambda p, _: gather_volume(p) + has_fold(p),
-    lambda p, _: Fraction(pairs(p), p) + power_of_two(p) - 1 + pairs(p),
+    lambda p, _: divide(pairs(p), p) + power_of_two(p) - 1 + pairs(p),
 )
-BRUCK = Volume("(p-1)/p n", lambda p, _: ceil_lg(p), lambda p, _: ring_fraction(p), lambda p, _: Fraction(p - 1))
+BRUCK = Volume("(p-1)/p n", lambda p, _: ceil_lg(p), lambda p, _: ring_fraction(p), lambda p, _: p - 1)

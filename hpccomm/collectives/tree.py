@@ -18,13 +18,12 @@ In the double tree every rank is an inner node of one tree and a leaf of the oth
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fractions import Fraction
 
 import numpy as np
 
 from hpccomm.collectives import ring
 from hpccomm.collectives.schedule import NOBODY, Rank, Step, select_peer
-from hpccomm.collectives.volume import Volume, ceil_lg, has_peers, ring_fraction
+from hpccomm.collectives.volume import Vectors, Volume, ceil_lg, divide, has_peers, ring_fraction
 
 ALL = (0, 1)
 
@@ -160,26 +159,21 @@ def block_range(v: Rank, count: int, p: int, root: int) -> tuple[Rank, Rank]:
     return v + root, np.minimum(v + count, p) + root
 
 
-def scatter_volume(p: int) -> Fraction:
+def scatter_volume(p: int) -> Vectors:
     """The vectors that all ranks send in a scatter down a binomial tree: the subtree of every position, once."""
-    return Fraction(sum(min(v & -v, p - v) for v in range(1, p)), p)
+    return divide(sum(min(v & -v, p - v) for v in range(1, p)), p)
 
 
 TREE_ALLREDUCE = Volume(
-    "n ⌈lg p⌉ (root)",
-    lambda p, _: 2 * ceil_lg(p),
-    lambda p, _: Fraction(ceil_lg(p)),
-    lambda p, _: Fraction(2 * (p - 1)),
+    "n ⌈lg p⌉ (root)", lambda p, _: 2 * ceil_lg(p), lambda p, _: ceil_lg(p), lambda p, _: 2 * (p - 1)
 )
-TREE_BROADCAST = Volume(
-    "n ⌈lg p⌉ (root)", lambda p, _: ceil_lg(p), lambda p, _: Fraction(ceil_lg(p)), lambda p, _: Fraction(p - 1)
-)
-TREE_REDUCE = Volume("n", lambda p, _: ceil_lg(p), lambda p, _: has_peers(p), lambda p, _: Fraction(p - 1))
+TREE_BROADCAST = Volume("n ⌈lg p⌉ (root)", lambda p, _: ceil_lg(p), lambda p, _: ceil_lg(p), lambda p, _: p - 1)
+TREE_REDUCE = Volume("n", lambda p, _: ceil_lg(p), lambda p, _: has_peers(p), lambda p, _: p - 1)
 REDUCE_IN_ORDER = Volume(
     "n",
     lambda p, root: ceil_lg(p) + (root > 0),
     lambda p, _: has_peers(p),
-    lambda p, root: Fraction(p - 1 + (root > 0)),
+    lambda p, root: p - 1 + (root > 0),
 )
 SCATTER_RING = Volume(
     "2(p-1)/p n (root)",
@@ -187,13 +181,11 @@ SCATTER_RING = Volume(
     lambda p, _: 2 * ring_fraction(p),
     lambda p, _: scatter_volume(p) + p - 1,
 )
-CHAIN = Volume("n", lambda p, _: p - 1, lambda p, _: has_peers(p), lambda p, _: Fraction(p - 1))
-CHAIN_ALLREDUCE = Volume(
-    "2n (p > 2)", lambda p, _: 2 * (p - 1), lambda p, _: Fraction(min(p - 1, 2)), lambda p, _: Fraction(2 * (p - 1))
-)
+CHAIN = Volume("n", lambda p, _: p - 1, lambda p, _: has_peers(p), lambda p, _: p - 1)
+CHAIN_ALLREDUCE = Volume("2n (p > 2)", lambda p, _: 2 * (p - 1), lambda p, _: min(p - 1, 2), lambda p, _: 2 * (p - 1))
 DOUBLE_TREE = Volume(
     "2n (p > 3)",
     lambda p, _: 8 * ceil_lg(p),
-    lambda p, _: has_peers(p) * Fraction(min(p, 4), 2),
-    lambda p, _: Fraction(2 * (p - 1)),
+    lambda p, _: has_peers(p) * divide(min(p, 4), 2),
+    lambda p, _: 2 * (p - 1),
 )

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from hpccomm.bench.flags import BenchArguments
     from hpccomm.bench.loop import Row
 
-SUMMARY = "measure collectives and messages, in OSU's or nccl-tests' format"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the name of the benchmark; the words after it are parsed by :mod:`hpccomm.bench.flags`."""
@@ -347,10 +345,11 @@ def nccl_run(session: Session, program: str) -> Any:
 
 def places(comm: Any) -> list[str]:
     """The lines of the ranks (collective)."""
-    from hpccomm.bench import nccl, report
+    from hpccomm.bench import nccl
+    from hpccomm.performance.probe import processor_name
 
     name = comm.layout.names[int(comm.layout.nodes[comm.rank])]
-    mine = nccl.Place(comm.rank, os.getpid(), name, report.processor())
+    mine = nccl.Place(comm.rank, os.getpid(), name, processor_name())
     return [nccl.device_line(nccl.Place(*each)) for each in comm.allgather(tuple(mine))]
 
 

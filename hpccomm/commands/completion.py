@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 
-SUMMARY = "print the lines that let a shell complete the commands"
-
 BASH = """_hpccomm() {
     local IFS=$'\\n'
     local words=("${COMP_WORDS[@]:1:COMP_CWORD}")

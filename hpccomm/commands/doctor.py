@@ -9,8 +9,6 @@ import sys
 
 from hpccomm.errors import ArgumentError
 
-SUMMARY = "check what a job needs on this machine, and say the cure for what is missing"
-
 MARKS = {"ok": ("✓", 32), "note": ("!", 33), "fault": ("✗", 31), "none": ("-", 90)}
 """The mark of a state, and its colour on a terminal."""
 

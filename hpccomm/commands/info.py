@@ -13,8 +13,6 @@ from typing import Any
 from hpccomm.launcher import read_launch_size
 from hpccomm.performance.tuning import COLLECTIVES
 
-SUMMARY = "show the software, ranks and devices found here, the settings in force, and which algorithms are used"
-
 EXAMPLES = (4, 1024, 65536, 1 << 20, 16 << 20, 256 << 20)
 """Sizes, in bytes, for which decisions are shown."""
 
@@ -125,14 +123,9 @@ def software() -> dict[str, str]:
 
 def version_of(package: str) -> str:
     """The version of an optional package."""
-    from importlib import metadata
+    from hpccomm.bench.report import versions
 
-    for name in (package, f"{package}-cuda12x", f"{package}-cuda13x"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "not installed"
+    return next(iter(versions(package, f"{package}-cuda12x", f"{package}-cuda13x").values()), "not installed")
 
 
 def launch(comm: Any) -> dict[str, str]:

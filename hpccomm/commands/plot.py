@@ -13,8 +13,6 @@ from hpccomm.commands.files import check_drawable
 from hpccomm.errors import ArgumentError
 from hpccomm.performance.units import format_count
 
-SUMMARY = "print or draw a schedule, or draw benchmark results"
-
 LARGEST = 256
 """Ranks of which the messages are shown."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import socket
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from hpccomm.algorithms.compression.format import check_density
 from hpccomm.algorithms.sharded.cost import STATE_BYTES, Codes, Job, Shape, link_volume, step_cost
 from hpccomm.algorithms.sharded.groups import check_placement, smallest_partition
+from hpccomm.arguments import flag_of
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.compressed.two_phase import CODES
 from hpccomm.errors import ArgumentError, LaunchError
@@ -21,7 +21,6 @@ from hpccomm.performance.cost import Prediction, predict
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.units import beta_of, format_count, format_shape, format_size, format_time, size_of
 
-SUMMARY = "predict the time of every algorithm of a collective on a cluster of your choice"
 STEPS = ("mics", "zero3")
 """Sharded training methods whose step is priced."""
 MOST_RANKS = 1 << 20
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             )
     given = [name for name in ("weight_code", "gradient_code", "secondary_shard") if getattr(args, name)]
     if given and args.collective not in STEPS:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        flags = ", ".join(map(flag_of, given))
         raise ArgumentError(f"{flags} with {args.collective}: these are for mics and zero3: leave them out")
     if args.collective in STEPS:
         return print_steps(args)
@@ -111,7 +110,7 @@ def print_steps(args: argparse.Namespace) -> int:
     """Print the time of a step on the given nodes, and on a quarter and half of them."""
     for flag in ("layers", "micro_steps", "tokens"):
         if getattr(args, flag) < 1:
-            raise ArgumentError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
+            raise ArgumentError(f"{flag_of(flag)} {getattr(args, flag)}: give 1 or more")
     parameters, machine, k = parameters_of(args.model), machine_of(args), args.per_node
     forward = 2e6 * parameters / args.layers * args.tokens / size_of(args.flops)
     codes = Codes(args.weight_code, args.gradient_code, args.secondary_shard)
@@ -229,8 +228,6 @@ def machine_of(args: argparse.Namespace) -> Machine:
 def this_mpi() -> str:
     """Name and version of the MPI library, for which a tuning table is looked up; empty without MPI."""
     try:
-        found = library()
+        return library().name
     except LaunchError:
         return ""
-    number = re.search(r"\d+(\.\d+)+", found.version)
-    return f"{found.family.library} {number[0] if number else ''}".strip()

@@ -10,8 +10,6 @@ from hpccomm.cluster.job_script import QUESTIONS, Answers, read_answers, write_s
 from hpccomm.commands.files import check_folder
 from hpccomm.errors import ArgumentError
 
-SUMMARY = "write a job for Slurm from answers"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments: one flag for each question."""

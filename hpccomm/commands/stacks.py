@@ -12,7 +12,6 @@ from hpccomm.observe.flight_recorder import INQUIRED, Inquiry, State, describe_c
 from hpccomm.observe.processes import find_process
 from hpccomm.performance.units import format_count
 
-SUMMARY = "print the calls and the Python stacks of all ranks of a running job"
 SECONDS, NODES_SECONDS = 2.0, 10.0
 """How long ranks of this node, and those of other nodes, may take to answer."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -19,7 +20,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from hpccomm.arguments import flag_of
 from hpccomm.commands.files import check_file, check_folder, run_on_root
+from hpccomm.commands.progress import Progress
 from hpccomm.errors import ArgumentError, HpccommError
 from hpccomm.performance.units import format_count, format_size
 from hpccomm.train.methods import FLAGS, METHODS, Method, MethodSetup, find_methods, find_users, parse_mode
@@ -31,8 +34,6 @@ if TYPE_CHECKING:
     from hpccomm.train.loop import Epoch, Settings
 
 FolderType = TypeVar("FolderType", bound="Folder")
-
-SUMMARY = "train a small network on real data and show what the exchange costs"
 
 
 class Job(NamedTuple):
@@ -105,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="numpy: small networks of its own; torch: ResNet-20 for digits, a GPT of six layers for stdlib "
         "(default: numpy)",
     )
-    add("--progress", action="store_true", help="show a progress bar even if stderr is no terminal (needs tqdm)")
+    add("--progress", action="store_true", help="show how far the run is even if stderr is no terminal")
     add("--json", type=Path, metavar="FILE", help="write the results into this file")
     add("--plot", type=Path, metavar="FILE", help="draw loss against bytes and time (png, svg or pdf)")
     add(
@@ -137,11 +138,6 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
             choices=flag.choices,
             help=f"{flag.summary}{'' if users == sharded else '; with ' + ', '.join(users)} (default: {default})",
         )
-
-
-def flag_of(name: str) -> str:
-    """The flag of an argument, as the user writes it."""
-    return f"--{name.replace('_', '-')}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -299,7 +295,7 @@ def train_replicas(name: str, args: argparse.Namespace, data: Dataset, comm: Com
     lr = learning_rate(args, METHODS[name])
     settings, network, transform, console = prepare(name, args, data, comm)
     with keeper_for(Folder, name, {"lr": lr}, args, comm) as keeper:
-        step, show = console.bar.update, console.show
+        step, show = console.count, console.show
         epochs = train(comm, data, network, transform, settings, on_step=step, on_epoch=show, keeper=keeper)[1]
     return finish(name, args, comm, console, epochs)
 
@@ -310,7 +306,7 @@ def train_servers(name: str, args: argparse.Namespace, data: Dataset, comm: Comm
 
     settings, network, transform, console = prepare(name, args, data, comm)
     servers = Servers(args.servers, parse_mode(args.mode))
-    epochs = train_by_servers(comm, data, network, transform, settings, servers, on_step=console.bar.update)[1]
+    epochs = train_by_servers(comm, data, network, transform, settings, servers, on_step=console.count)[1]
     for epoch in epochs:
         console.show(epoch)
     return finish(name, args, comm, console, epochs)
@@ -332,7 +328,7 @@ def train_shards(name: str, args: argparse.Namespace, data: Dataset, comm: Commu
     print_on_root(comm, deep_headline(job, training, args) + HEADER)
     console = Console(comm, len(data.targets), settings, args.progress)
     with keeper_for(ShardFolder, name, {"lr": lr}, args, comm) as keeper:
-        epochs = sharded.train(training, on_step=console.bar.update, on_epoch=console.show, keeper=keeper)
+        epochs = sharded.train(training, on_step=console.count, on_epoch=console.show, keeper=keeper)
     result = finish(name, args, comm, console, epochs)
     if result is None:
         return None
@@ -402,7 +398,7 @@ def finish(
     name: str, args: argparse.Namespace, comm: Communicator, console: Console, epochs: list[Epoch]
 ) -> dict[str, Any] | None:
     """The object for ``--json``; None for a run that was stopped and saved."""
-    console.bar.close()
+    console.progress.close()
     if len(epochs) < args.epochs:
         print_on_root(comm, f"# stopped in epoch {len(epochs) + 1} and saved: run the same command again to resume\n")
         return None
@@ -484,44 +480,25 @@ def row(name: str, epochs: list[dict[str, Any]]) -> str:
     return line(f"  {name:<12}", Epoch(**last)._replace(**times, wire_bytes=sent, ratio=ratio))
 
 
-class NoBar:
-    """The progress bar where there is none to show."""
-
-    def update(self) -> object:
-        """One step is done."""
-
-    def clear(self) -> object:
-        """Make room for a line of text."""
-
-    def close(self) -> object:
-        """All steps are done."""
-
-
 class Console:
-    """What rank 0 shows of a run: a line for each epoch, and a progress bar."""
+    """What rank 0 shows of a run: a line for each epoch, and how far it is."""
 
     def __init__(self, comm: Communicator, samples: int, settings: Settings, wanted: bool) -> None:
         from hpccomm.train.loop import count_steps
 
-        self.comm, self.steps = comm, count_steps(samples, settings)
-        self.bar = progress_bar(comm, self.steps, wanted)
+        self.comm, self.steps, self.done = comm, count_steps(samples, settings), 0
+        shown = comm.rank == 0 and (wanted or sys.stderr.isatty())
+        self.progress = Progress("hpccomm train", "step", self.steps, stream=None if shown else io.StringIO())
+
+    def count(self) -> None:
+        """One step is done."""
+        self.done += 1
+        self.progress.show(self.done, f"step {self.done} of {self.steps}")
 
     def show(self, epoch: Epoch) -> None:
         """Print the line of an epoch."""
-        self.bar.clear()
+        self.progress.close()
         print_on_root(self.comm, line(f"{epoch.epoch:>7}", epoch))
-
-
-def progress_bar(comm: Communicator, steps: int, wanted: bool) -> NoBar:
-    """A bar on rank 0's terminal, or where ``wanted``, as most launchers hide the terminal.  Needs tqdm."""
-    if comm.rank or not (wanted or sys.stderr.isatty()):
-        return NoBar()
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        return NoBar()
-    bar: NoBar = tqdm(total=steps, unit="step", leave=False, file=sys.stderr)
-    return bar
 
 
 def print_on_root(comm: Communicator, text: str, stream: Any = None) -> None:

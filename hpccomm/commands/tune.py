@@ -8,7 +8,6 @@ several nodes single rounds are measured too; the cost model is fitted to them a
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 import os
 import time
@@ -30,8 +29,6 @@ from hpccomm.performance.measured import CostCurve
 from hpccomm.performance.probe import processor_name
 from hpccomm.performance.tuning import COLLECTIVES, Row, Table
 from hpccomm.performance.units import format_count, format_shape, size_of
-
-SUMMARY = "measure which algorithm is fastest on this machine, and save that for later jobs"
 
 SIZES = "4,64,1Ki,4Ki,16Ki,64Ki,256Ki,1Mi,4Mi,16Mi,64Mi"
 QUICK = "4,1Ki,16Ki,256Ki,4Mi"
@@ -167,10 +164,10 @@ def site_of(comm: Any) -> Site:
     """The site of this run, as rank 0 describes it (collective)."""
     from mpi4py import MPI
 
+    from hpccomm.first_use import today
     from hpccomm.transports.mpi import mpi_name
 
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    where = MPI.Get_processor_name(), today, processor_name() if comm.layout.count == 1 else ""
+    where = MPI.Get_processor_name(), today(), processor_name() if comm.layout.count == 1 else ""
     site = Site(comm.layout.count, max(comm.layout.per_node), mpi_name(), *where)
     return Site(*comm.bcast(tuple(site)))
 

@@ -16,8 +16,6 @@ from hpccomm.collectives.verify import BLOCK_IS_RANK, ROOTED_COLLECTIVES, Report
 from hpccomm.commands.progress import show_progress
 from hpccomm.errors import ArgumentError, ScheduleError
 
-SUMMARY = "prove schedules correct for a range of sizes"
-
 EVERY_ROOT = 8
 """Up to this size, schedules with a root are proved for every root; above, for the first and the last."""
 

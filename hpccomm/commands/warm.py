@@ -18,7 +18,6 @@ from hpccomm.errors import HpccommError
 from hpccomm.kernels import objects
 from hpccomm.performance import probe
 
-SUMMARY = "compile the functions of shared memory and probe the machine, so that programs start at once"
 MAX_PROCESSES = 16
 LOWEST_PRIORITY = 19
 

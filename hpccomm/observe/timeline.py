@@ -25,7 +25,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.observe.flight_recorder import VARIABLE, Event, clock, recorder
-from hpccomm.observe.nesting import nest
 
 MESSAGES = 20
 """Messages to and fro for a comparison of clocks."""
@@ -195,6 +194,8 @@ def list_slices(
     events: Sequence[Event], place: dict[str, int], start: int, last: dict[tuple[int, int], Last]
 ) -> list[dict[str, Any]]:
     """What the trace has of a rank, whose place are its node and its number."""
+    from hpccomm.observe.nesting import nest
+
     named: dict[str, Any] = {"ph": "M", "name": "thread_name", "args": {"name": f"rank {place['tid']}"}}
     found = [named | place]
     for each in events:

@@ -32,10 +32,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpccomm.layout import ETHERNET, SHARED_MEMORY, Link
-from hpccomm.performance.measured import CostCurve
+
+if TYPE_CHECKING:
+    from hpccomm.performance.measured import CostCurve
 
 
 class Machine(NamedTuple):
@@ -175,7 +177,6 @@ LIMITS = {
 }
 """The least and the largest value of a parameter, whatever a probe says."""
 NEVER = 1 << 62
-SPIN_NS = 60_000
 SINGLE_COPIES = tuple(name for name in Parameters._fields if "single_copy" in name)
 
 

@@ -28,10 +28,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.files import write_text
 from hpccomm.kernels import objects
-from hpccomm.kernels.shared_memory import probe as tasks
 from hpccomm.kernels.shared_memory.records import LINE, PROBE_RECORD, RING, fill
+from hpccomm.layout import read_attribute
 from hpccomm.performance.machine import DEFAULTS, Probe, floor_power, parse_probe
 from hpccomm.performance.units import format_ranges
 from hpccomm.transports.segment import free_bytes
@@ -78,24 +77,16 @@ class Place(NamedTuple):
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-def read_text(path: Path) -> str:
-    """The content of a small file of the system; empty if there is none."""
-    try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
 def read_caches(core: int) -> Caches:
     """The sizes of the data caches of a core, and who shares the last one; 0 where the system does not say."""
     sizes, groups = dict.fromkeys((1, 2, 3), 0), {0: ""}
     for each in sorted((SYSTEM_CPUS / f"cpu{core}" / "cache").glob("index*")):
-        level, text = read_text(each / "level"), read_text(each / "size")
-        if read_text(each / "type") == "Instruction" or level not in ("1", "2", "3"):
+        level, text = read_attribute(each / "level"), read_attribute(each / "size")
+        if read_attribute(each / "type") == "Instruction" or level not in ("1", "2", "3"):
             continue
         with contextlib.suppress(ValueError, KeyError):
             sizes[int(level)] = int(text[:-1]) * UNITS[text[-1]] if text[-1:] in UNITS else int(text or 0)
-        groups[int(level)] = read_text(each / "shared_cpu_list")
+        groups[int(level)] = read_attribute(each / "shared_cpu_list")
     return Caches(sizes[1], sizes[2], sizes[3], groups[max(groups)])
 
 
@@ -104,7 +95,7 @@ def place_of(core: int) -> Place:
     """The package, the memory and the last-level cache of a core."""
     folder = SYSTEM_CPUS / f"cpu{core}"
     domain = next((each.name for each in folder.glob("node[0-9]*")), "")
-    return Place(read_text(folder / "topology" / "physical_package_id"), domain, read_caches(core).group)
+    return Place(read_attribute(folder / "topology" / "physical_package_id"), domain, read_caches(core).group)
 
 
 def common_place(cores: Iterable[int]) -> Place:
@@ -132,7 +123,7 @@ def whole_cores(cores: Iterable[int]) -> Cores:
     """One processor of each core: threads of one core share its caches and its time."""
     first: dict[str, int] = {}
     for each in sorted(cores):
-        siblings = read_text(SYSTEM_CPUS / f"cpu{each}" / "topology" / "thread_siblings_list")
+        siblings = read_attribute(SYSTEM_CPUS / f"cpu{each}" / "topology" / "thread_siblings_list")
         first.setdefault(siblings or str(each), each)
     return tuple(first.values())
 
@@ -210,6 +201,8 @@ def alone(worker: Worker, task: int, repeats: int, **fields: int) -> int:
 
 def together(pair: Sequence[Worker], task: int, repeats: int, fields: Sequence[dict[str, int]]) -> int:
     """Nanoseconds of a task of two threads; FAILED if one has waited too long for the other."""
+    from hpccomm.kernels.shared_memory import probe as tasks
+
     for worker, other, more in zip(pair, reversed(pair), fields, strict=True):
         fill(worker.record, mine=worker.flag_address, theirs=other.flag_address, first=int(worker is pair[0]), **more)
         worker.flag[:] = 0
@@ -226,6 +219,8 @@ def list_pair_measurements(
     near: Sequence[Worker], far: Sequence[Worker], slot: int, vectors: Vectors
 ) -> Iterator[Measurement]:
     """What two threads measure."""
+    from hpccomm.kernels.shared_memory import probe as tasks
+
     nothing: list[dict[str, int]] = [{}, {}]
     if near:
         yield "line_ns", lambda: together(near, tasks.ECHOES, ECHOES, nothing), 2 * ECHOES
@@ -245,6 +240,8 @@ def list_pair_measurements(
 
 def list_measurements(worker: Worker, caches: Caches, vectors: Vectors) -> Iterator[Measurement]:
     """What one thread measures alone."""
+    from hpccomm.kernels.shared_memory import probe as tasks
+
     word = worker.flag_address
     yield "poll_ns", lambda: alone(worker, tasks.POLLS, POLLS, theirs=word), POLLS
     yield "yield_ns", lambda: alone(worker, tasks.YIELDS, YIELDS), YIELDS
@@ -397,6 +394,8 @@ def save(probe: Probe, cores: Iterable[int]) -> Path | None:
 
 def write_json(path: Path, data: Any) -> bool:
     """Write a file at once; False if the system refuses."""
+    from hpccomm.files import write_text
+
     try:
         write_text(path, json.dumps(data, indent=1) + "\n")
     except OSError:

@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import chain, takewhile
 from math import log
 from operator import attrgetter
 from pathlib import Path
@@ -35,9 +35,7 @@ import numpy as np
 
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.hierarchical import HIERARCHICAL
-from hpccomm.files import write_text
 from hpccomm.layout import Link
-from hpccomm.performance import cost
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import REACH, CostCurve, Point, RoundType, Shape, distance, distance_key, interpolate
 from hpccomm.performance.units import format_time
@@ -117,6 +115,11 @@ class Table:
     """What first uses have measured here, one size in each size class."""
     frozen: bool = False
     """No first use compares anything any more."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle rows as plain tuples, in a third of the time."""
+        rows, first_use = (list(map(tuple, each)) for each in (self.rows, self.first_use))
+        return unpickle, (rows, self.machine, self.source, self.cpu, first_use, self.frozen)
 
     def choose(
         self,
@@ -222,7 +225,8 @@ class Table:
 
     def select_mpi(self, mpi: str) -> Table:
         """The rows of this MPI library, of any version; for collectives without such rows, those of all libraries."""
-        same = replace(self, rows=tuple(row for row in self.rows if family(row.mpi) == family(mpi)))
+        wanted = {each for each in {row.mpi for row in self.rows} if family(each) == family(mpi)}
+        same = replace(self, rows=tuple([row for row in self.rows if row.mpi in wanted]))
         return same.fill_from(self)
 
     def fill_from(self, other: Table) -> Table:
@@ -231,8 +235,8 @@ class Table:
         A collective on one node and the same on several nodes are treated apart.
         """
         measured = {(row.collective, row.nodes > 1) for row in self.rows}
-        more = tuple(row for row in other.rows if (row.collective, row.nodes > 1) not in measured)
-        return replace(self, rows=self.rows + more, machine=self.machine or other.machine)
+        more = [row for row in other.rows if (row.collective, row.nodes > 1) not in measured]
+        return replace(self, rows=(*self.rows, *more), machine=self.machine or other.machine)
 
     def explain(self, collective: str, nodes: int, per_node: int, **more: Any) -> list[str]:
         """The choices from 4 B to 1 GiB, one line for each range with the same one; ``more`` as in :meth:`choose`."""
@@ -244,6 +248,13 @@ class Table:
             else:
                 lines.append((nbytes, nbytes, algorithm))
         return [f"{collective} {low} to {high} bytes: {algorithm}" for low, high, algorithm in lines]
+
+
+def unpickle(
+    rows: Iterable[Any], machine: Machine | None, source: str, cpu: str, first_use: Any, frozen: bool
+) -> Table:
+    """A table that was pickled."""
+    return Table(tuple(map(Row._make, rows)), machine, source, cpu, tuple(map(Row._make, first_use)), frozen)
 
 
 def size_class(collective: str, per_node: int, nbytes: int) -> int:
@@ -289,6 +300,8 @@ def nearest_row(rows: Sequence[Row], nbytes: int) -> Row:
 def choose_priced(collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine) -> Choice:
     """The hierarchical algorithm if its price is far below that of every flat one, else native MPI."""
     native = Choice("native", None, "not measured between nodes, and no predicted price is far below native MPI's")
+    from hpccomm.performance import cost
+
     possible = collective in cost.INPUT_COPIES and min(shape) > 1
     if not possible or (candidates and "hierarchical" not in candidates):
         return native
@@ -346,13 +359,17 @@ def cluster(hostname: str) -> str:
 
 def slug(text: str) -> str:
     """The text in lower case letters, digits, points and dashes."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") or "unknown"
+    words = "".join(each if each in SLUG else " " for each in text.lower()).split()
+    return "-".join(words) or "unknown"
+
+
+SLUG = frozenset("abcdefghijklmnopqrstuvwxyz0123456789.")
 
 
 @cache
 def family(mpi: str) -> str:
     """The name of a library without its version."""
-    return slug(re.sub(r"\d[\d.]*.*", "", mpi))
+    return slug("".join(takewhile(lambda each: not each.isdecimal(), mpi)))
 
 
 def read(path: Path) -> Table:
@@ -368,7 +385,8 @@ def parse(path: Path, changed: int, nbytes: int) -> Table:
     if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
         raise ValueError(f"its schema is not {SCHEMA}")
     rows, first_use = (
-        tuple(check_row(Row(**row)) for row in each) for each in (data["rows"], data.get("first_use", ()))
+        tuple(chain.from_iterable(parse_series(**line) for line in each))
+        for each in (data["rows"], data.get("first_use", ()))
     )
     cpu, frozen = str(data.get("cpu", "")), data.get("frozen") is True
     return Table(rows, parse_machine(data["machine"]), str(path), cpu, first_use, frozen)
@@ -378,14 +396,21 @@ MOST = 1e18
 """No time, length or number of nodes is longer."""
 
 
-def check_row(row: Row) -> Row:
-    """Check the numbers of a row."""
-    numbers = (row.nodes, row.per_node, row.bytes, row.us)
-    if not {*map(type, numbers)} <= {int, float} or min(row.nodes, row.per_node) < 1:
+def parse_series(bytes: Any, us: Any, **facts: Any) -> list[Row]:
+    """The rows of one line of a file: ``bytes`` and ``us`` are the numbers of one row, or lists with those of several.
+
+    Raises ``ValueError`` or ``TypeError`` if they cannot be.
+    """
+    sizes, times = (each if isinstance(each, list) else [each] for each in (bytes, us))
+    row = Row(bytes=sizes[0], us=times[0], **facts) if sizes and times else None
+    if row is None or len(sizes) != len(times):
+        raise ValueError(f"{len(sizes)} bytes and {len(times)} us of {facts} must be as many, and one or more")
+    if not {*map(type, (row.nodes, row.per_node, *sizes, *times))} <= {int, float} or min(row.nodes, row.per_node) < 1:
         raise ValueError(f"nodes, per_node, bytes and us of {row} must be numbers")
-    if not (0 < row.us < MOST and 0 <= row.bytes < MOST and max(row.nodes, row.per_node) < MOST):
+    right = min(times) > 0 <= min(sizes) and sum(times) + sum(sizes) < MOST  # NaN is less than nothing
+    if not right or max(row.nodes, row.per_node) >= MOST:
         raise ValueError(f"us of {row} must be above 0, and bytes at least 0")
-    return row
+    return [Row._make((*row[:4], *each, *row[6:])) for each in zip(sizes, times, strict=True)]
 
 
 def parse_machine(data: Mapping[str, Any] | None) -> Machine | None:
@@ -411,7 +436,9 @@ def dump_cost_curve(curve: CostCurve) -> dict[str, Any]:
 
 
 def write(table: Table, path: Path) -> None:
-    """Write a table, one line a row; concurrent readers see the old file or the new one."""
+    """Write a table, one line a series of rows; concurrent readers see the old file or the new one."""
+    from hpccomm.files import write_text
+
     machine = None
     if table.machine is not None:
         machine = table.machine._asdict() | {"curves": [dump_cost_curve(each) for each in table.machine.curves]}
@@ -424,9 +451,19 @@ def write(table: Table, path: Path) -> None:
 
 
 def dump_rows(rows: Iterable[Row]) -> str:
-    """Rows as written to a file, one line each."""
-    fields = ({name: value for name, value in row._asdict().items() if value not in (None, "")} for row in rows)
-    return "[\n" + ",\n".join(map(json.dumps, fields)) + "\n]"
+    """Rows as written to a file: one line for those that differ in bytes and times only."""
+    series: dict[Row, list[Row]] = {}
+    for row in rows:
+        series.setdefault(row._replace(bytes=0, us=0), []).append(row)
+    return "[\n" + ",\n".join(map(dump_series, series.values())) + "\n]"
+
+
+def dump_series(rows: Sequence[Row]) -> str:
+    """One line of a file."""
+    facts = {name: value for name, value in rows[0]._asdict().items() if value not in (None, "")}
+    if len(rows) > 1:
+        facts |= {"bytes": [row.bytes for row in rows], "us": [row.us for row in rows]}
+    return json.dumps(facts)
 
 
 # --- fitting ---------------------------------------------------------------------------------------
@@ -468,6 +505,8 @@ def schedule_of(row: Row) -> Any:
 
 def cost_coefficients(row: Row) -> list[float]:
     """The price of the measured run on each of ``UNITS``."""
+    from hpccomm.performance import cost
+
     home = np.repeat(np.arange(row.nodes), row.per_node)
     return [cost.price(schedule_of(row), home, row.bytes, unit).us for unit in UNITS]
 

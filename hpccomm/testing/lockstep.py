@@ -41,7 +41,6 @@ from _pytest.runner import runtestprotocol
 
 from hpccomm.errors import LaunchError
 from hpccomm.launcher import check_world
-from hpccomm.testing.agree import use_mpi_profile
 from hpccomm.testing.jobs import Job, strip_addresses
 
 DEFAULT_SIZES = (1, 2, 3, 4, 7)
@@ -459,3 +458,16 @@ def failure_report(
     longrepr: Any = Tracebacks(parts)
     keywords: dict[str, Any] = dict.fromkeys(item.keywords, 1)
     return pytest.TestReport(item.nodeid, item.location, keywords, "failed", longrepr, when)
+
+
+def use_mpi_profile() -> None:
+    """Make hypothesis draw the same examples on all ranks: no randomness, no example database, no deadline."""
+    if find_spec("hypothesis") is None:
+        return
+    from hypothesis import HealthCheck, settings
+
+    suppressed = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
+    settings.register_profile(
+        "mpi", derandomize=True, database=None, deadline=None, print_blob=False, suppress_health_check=suppressed
+    )
+    settings.load_profile("mpi")

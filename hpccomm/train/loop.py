@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -155,10 +156,15 @@ class Training:
 def count_right(comm: MPI.Intracomm, data: Dataset, network: Network, tensors: dict[str, npt.NDArray[Any]]) -> int:
     """The number of correct predictions in this rank's share of the test samples."""
     inputs, targets = (np.array_split(each, comm.size)[comm.rank] for each in (data.test_inputs, data.test_targets))
+    return count_matches(partial(network.scores, tensors), inputs, targets, len(targets))
+
+
+def count_matches(scores: Callable[[Any], Any], inputs: Any, targets: Any, samples: int) -> int:
+    """The number of correct predictions; as many calls as for ``samples``, which may be more than there are."""
     right = 0
-    for first in range(0, len(targets), EVALUATION_BATCH):
-        scores = network.scores(tensors, inputs[first : first + EVALUATION_BATCH])
-        right += int((scores.argmax(axis=1) == targets[first : first + EVALUATION_BATCH]).sum())
+    for first in range(0, samples, EVALUATION_BATCH):
+        some = slice(first, first + EVALUATION_BATCH)
+        right += int((scores(inputs[some]).argmax(axis=1) == targets[some]).sum())
     return right
 
 

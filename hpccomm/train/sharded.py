@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from hpccomm.algorithms.loss_scaling import LossScale
 from hpccomm.algorithms.sharded.units import Hops, ShardedModel, adamw
 from hpccomm.train.datasets import Dataset
 from hpccomm.train.layered import LayeredNetwork
-from hpccomm.train.loop import EVALUATION_BATCH, Epoch, Keeper, Settings, epoch_of, train_batches, train_epochs
+from hpccomm.train.loop import Epoch, Keeper, Settings, count_matches, epoch_of, train_batches, train_epochs
 from hpccomm.train.methods import METHODS
 
 MAX_NORM = 1.0
@@ -132,12 +133,8 @@ class Training:
         """The number of correct predictions in this rank's share of the test samples; all ranks make as many calls."""
         inputs, targets = self.data.test_inputs, self.data.test_targets
         each = -(-len(targets) // self.comm.size)
-        mine, right = slice(self.comm.rank * each, (self.comm.rank + 1) * each), 0
-        inputs, targets = inputs[mine], targets[mine]
-        for first in range(0, each, EVALUATION_BATCH):
-            scores = self.network.scores(self.states, inputs[first : first + EVALUATION_BATCH])
-            right += int((scores.argmax(axis=1) == targets[first : first + EVALUATION_BATCH]).sum())
-        return right
+        mine = slice(self.comm.rank * each, (self.comm.rank + 1) * each)
+        return count_matches(partial(self.network.scores, self.states), inputs[mine], targets[mine], each)
 
 
 def exchange_seconds(hops: Hops) -> float:

@@ -13,8 +13,10 @@ from typing import Any
 
 SHORTEST_SECONDS, LONGEST_SECONDS = 5e-5, 1e-3
 """Limits of one sleep."""
-EAGER_SECONDS, POLLS_PER_CHECK = 1e-3, 200
-"""How long a wait for a request polls before it sleeps between two polls, and the polls between two checks."""
+EAGER_SECONDS = 1e-3
+"""How long a wait for a request polls before it sleeps between two polls."""
+CHECK_SECONDS = 0.05
+"""Seconds between two checks whether a wait can end: the watchdog ends the job where nobody looks."""
 
 
 def pause(began: float, eager: float, share: int) -> None:
@@ -35,12 +37,13 @@ def await_request(request: Any, seconds: float = math.inf, check: Callable[[], o
 
     ``check()`` is called now and then, and may raise.
     """
-    began, polls = time.monotonic(), 0
+    began = checked = time.monotonic()
     while not request.Test():
-        if time.monotonic() - began > seconds:
+        now = time.monotonic()
+        if now - began > seconds:
             return False
         pause(began, EAGER_SECONDS, 32)
-        polls += 1
-        if polls % POLLS_PER_CHECK == 0:
+        if now - checked > CHECK_SECONDS:
+            checked = now
             check()
     return True

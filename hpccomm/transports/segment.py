@@ -11,7 +11,6 @@ import os
 import weakref
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from hpccomm.errors import TransportError
@@ -49,10 +48,10 @@ class SharedSegment:
 
 def free_bytes() -> int:
     """Bytes that this process may still allocate: the machine's, or those of its control groups if that is less."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = read_text("/proc/meminfo").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in read_text("/proc/self/cgroup").splitlines():
             _, controllers, path = line.split(":", 2)
             if "memory" in controllers.split(","):
                 free = min(free, free_in_group("/sys/fs/cgroup/memory", path, *GROUP_V1))
@@ -67,15 +66,21 @@ GROUP_V2 = ("memory.max", "memory.current", "inactive_file")
 
 def free_in_group(root: str, path: str, limit: str, used: str, cached: str) -> int:
     """The least free memory of a control group and the groups that contain it; file cache counts as free."""
-    least, folder = 1 << 62, Path(root + path)
-    for group in (folder, *folder.parents):
+    least, group = 1 << 62, os.path.normpath(root + path)
+    while True:
         with suppress(OSError, ValueError):
-            most, taken = int((group / limit).read_text()), int((group / used).read_text())
-            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            most, taken = (int(read_text(f"{group}/{name}")) for name in (limit, used))
+            statistics = dict(line.split() for line in read_text(f"{group}/memory.stat").splitlines())
             least = min(least, most - taken + int(statistics.get(cached, 0)))
-        if str(group) == root:
-            break
-    return least
+        if group in (root, "/"):
+            return least
+        group = os.path.dirname(group)
+
+
+def read_text(path: str) -> str:
+    """The content of a file of the system."""
+    with open(path) as file:
+        return file.read()
 
 
 def open_memfd(node: Any, size: int) -> tuple[int, mmap.mmap] | None:

@@ -108,12 +108,6 @@ class Volume(NamedTuple):
         return sum(self)
 
 
-def rank_volume(shape: Shape, micro_steps: int) -> Volume:
-    """Sent by a rank: 2s(p-1)/p, s(p-1)/p, 2(R-1)/(R p)."""
-    share, copies = (shape.partition - 1) / shape.partition, shape.copies
-    return Volume(2 * micro_steps * share, micro_steps * share, 2 * (copies - 1) / (copies * shape.partition))
-
-
 def link_volume(
     shape: Shape, micro_steps: int, codes: Codes = NO_CODES, word: int = 2, *, flat_reduce: bool = False
 ) -> Volume:

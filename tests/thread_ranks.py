@@ -1,11 +1,10 @@
-"""A transport between ranks that are threads of one process: for tests and notebooks without MPI.
+"""A transport between ranks that are threads of one process.
 
 A message is a copy in a queue; there is one queue for each pair of sender and receiver.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy.typing as npt
 
 from hpccomm.errors import MismatchError
+from hpccomm.testing.ranks import run_on_ranks
 
 Vector = npt.NDArray[Any]
 
@@ -74,23 +74,6 @@ class ThreadExchange:
 
 
 def run_on_threads(size: int, function: Callable[[ThreadTransport], Any], patience: float = 60.0) -> list[Any]:
-    """Run ``function(transport)`` on ``size`` ranks and return the results; raises the exception of the lowest rank."""
+    """Run ``function(transport)`` on ``size`` ranks and return the results; raises the first error."""
     mail = Mailboxes(size, patience)
-    results: list[Any] = [None] * size
-    errors: list[BaseException | None] = [None] * size
-
-    def body(rank: int) -> None:
-        try:
-            results[rank] = function(ThreadTransport(mail, rank))
-        except BaseException as error:
-            errors[rank] = error
-
-    threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for error in errors:
-        if error is not None:
-            raise error
-    return results
+    return run_on_ranks(size, lambda comm: function(ThreadTransport(mail, comm.rank)))

@@ -129,3 +129,14 @@ VALUES: dict[str, Values] = {
     "bor": bit_patterns(False),
     "bxor": any_bits,
 }
+
+
+def collective_assert(comm: Any, condition: object, message: str = "") -> None:
+    """Raise AssertionError on all ranks of ``comm`` where ``condition`` is false on any; collective.
+
+    The error names the ranks with their messages.
+    """
+    messages = comm.allgather(None if condition else message or "assertion failed")
+    failures = [f"rank {rank} of {comm.size}: {text}" for rank, text in enumerate(messages) if text is not None]
+    if failures:
+        raise AssertionError("\n".join(failures))
