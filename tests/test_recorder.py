@@ -21,6 +21,7 @@ from mpi4py import MPI
 import hpccomm
 from hpccomm import ArgumentError, Communicator, context
 from hpccomm.__main__ import main
+from hpccomm.calls import watchdog
 from hpccomm.cluster.nodes import Cluster, unavailable_reason
 from hpccomm.commands.stacks import find_ranks
 from hpccomm.communicator import NATIVE_CALLS
@@ -174,6 +175,32 @@ def test_the_missing_ranks_of_a_call_in_several_parts_are_named() -> None:
     assert status == 0, said
     assert "missing: rank 1" in said
     assert "no rank is missing" not in said
+
+
+def test_a_communicator_is_freed_after_the_check_of_the_watchdog_that_reads_its_memory() -> None:
+    inside, may_end, checks = threading.Event(), threading.Event(), []
+
+    class Table:
+        active_seq = 0
+
+        def write_wanted_texts(self) -> None:
+            inside.set()
+            assert may_end.wait(30)
+            checks.append("ended")
+
+        def take_refusal(self) -> str:
+            return ""
+
+    group = watchdog.Group(Comm(recorder(), 1 << 50, "ranks 0"), 0, [(0,)], Table())
+    threading.Thread(target=group.check_calls).start()
+    assert inside.wait(30)
+    closing = threading.Thread(target=lambda: (group.close(), checks.append("closed")))
+    closing.start()
+    closing.join(0.2)
+    may_end.set()
+    closing.join()
+    group.check_calls()
+    assert checks == ["ended", "closed"]
 
 
 def test_a_stopped_rank_is_named_and_goes_on() -> None:
