@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -52,12 +53,23 @@ def table_of(item: pytest.Item) -> tuple[str, int]:
 
 
 def choose_rows(rows: list[pytest.Item], size: int) -> list[pytest.Item]:
-    """Rows at equal distances, others at another world size; of slow tests the first ``keep``."""
-    slow = rows[0].get_closest_marker("slow")
-    if slow:
-        return rows[: slow.kwargs.get("keep", 0)]
+    """Rows at equal distances, others at another world size; of slow tests the first ``keep``, one of each at first."""
+    if rows[0].get_closest_marker("slow"):
+        return choose_slow(rows)
     step = -(-len(rows) // (MPI_ROWS if size else SERIAL_ROWS))
     return rows[size % step :: step]
+
+
+def choose_slow(rows: list[pytest.Item]) -> list[pytest.Item]:
+    """As many slow tests of a file as one of them keeps, among those that have a number to keep."""
+    keeps = {row: row.get_closest_marker("slow").kwargs.get("keep", 0) for row in rows}
+    seen: Counter[str] = Counter()
+    turns: dict[pytest.Item, int] = {}
+    for row in (each for each in rows if keeps[each]):
+        name = row.nodeid.partition("[")[0]
+        seen[name] += 1
+        turns[row] = seen[name]
+    return sorted(turns, key=turns.__getitem__)[: max(keeps.values())]
 
 
 @pytest.fixture

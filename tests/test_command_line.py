@@ -67,6 +67,7 @@ def test_python_m_hpccomm_is_the_same_command() -> None:
     assert done.stdout.split() == ["hpccomm", __version__]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("words", "error"),
     [

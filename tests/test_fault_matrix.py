@@ -23,7 +23,7 @@ SAMPLE = (
 )
 
 
-@pytest.mark.slow(keep=2)
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("cell", SAMPLE, ids=lambda each: f"{each.fault} {each.when} {each.collective}")
 def test_a_fault_ends_the_job_and_leaves_nothing(cell: Cell) -> None:
     assert run_cell(cell, LIMIT).problem == ""

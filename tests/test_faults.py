@@ -65,6 +65,7 @@ def test_an_impossible_fault_is_refused(comm: Communicator, fault: str, rank: in
         comm.Barrier()
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("fault", ["kill", "exit", "raise"])
 def test_a_rank_that_ends_in_a_collective_ends_the_job(fault: str) -> None:
     status, said = run_job(
@@ -80,6 +81,7 @@ def test_a_rank_that_ends_in_a_collective_ends_the_job(fault: str) -> None:
     assert "step 4" not in said
 
 
+@pytest.mark.slow(keep=2)
 def test_a_dropped_call_is_named() -> None:
     status, said = run_job(
         """

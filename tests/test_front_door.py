@@ -82,6 +82,7 @@ def test_without_an_mpi_a_command_says_how_to_get_one(command: str) -> None:
     assert "load your site's MPI module" in done.stderr
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("setting", ["", "wait", "background"])
 def test_info_shows_the_memory_in_use_and_only_the_settings_that_were_made(setting: str) -> None:
     environ = {name: value for name, value in os.environ.items() if name != "HPCCOMM_COMPILE"}
@@ -149,6 +150,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_work(
     assert sentence.format(tmp_path) in capsys.readouterr().err
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
@@ -295,6 +297,7 @@ def run_in_shell(line: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", shell], check=False, capture_output=True, text=True, timeout=120, env=env)
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     "line", ["verify all --size 1:8", "--help", "bench allreduce -h", "plot ring --size 64", "info", "completion bash"]
 )
@@ -572,6 +575,7 @@ sys.exit(main(["bench", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("line", ["allreduce -m 4:16 -i 5", "all_reduce_perf -b 8 -e 32 -f 2 -n 5 -w 1"])
 def test_rank_0_says_how_long_a_measurement_still_takes(line: str) -> None:
     done = run_under_mpi(2, "-c", EAGER, *line.split(), timeout=120)

@@ -91,6 +91,7 @@ CONDITIONS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_a_wrong_or_damaged_cache_costs_no_result(home: Path, condition: str) -> None:
     CONDITIONS[condition](home)
@@ -105,6 +106,7 @@ def test_a_home_that_cannot_be_written_to_is_enough(home: Path) -> None:
     assert len(said) <= 1
 
 
+@pytest.mark.slow(keep=1)
 def test_of_ranks_that_start_with_an_empty_cache_one_compiles(home: Path) -> None:
     """Native MPI takes the calls meanwhile."""
     (empty := home / "empty").mkdir()
@@ -113,6 +115,7 @@ def test_of_ranks_that_start_with_an_empty_cache_one_compiles(home: Path) -> Non
     assert said == []
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="only root can give files to another user")
 @pytest.mark.parametrize("readable", [True, False])
 def test_the_cache_of_another_user_is_read_but_not_changed(home: Path, readable: bool) -> None:

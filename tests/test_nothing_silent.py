@@ -426,6 +426,7 @@ def run_job(ranks: int, body: str, seconds: float = 90.0) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
@@ -457,6 +458,7 @@ def test_a_mistake_of_all_ranks_prints_its_sentence_once_and_a_line_for_each_ran
     assert len(ours) <= 2 * 3
 
 
+@pytest.mark.slow(keep=2)
 def test_eight_threads_with_a_communicator_each() -> None:
     status, said = run_job(
         2,
@@ -516,6 +518,7 @@ def test_exit_handlers_and_forked_children_may_end_as_they_like() -> None:
     assert "has left" not in said
 
 
+@pytest.mark.slow(keep=2)
 def test_a_rank_that_misses_the_first_collective_is_named() -> None:
     status, said = run_job(
         3,
@@ -555,7 +558,7 @@ except hpccomm.MismatchError as error:
 """
 
 
-@pytest.mark.slow(keep=1)
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", GOES_ON)
 def test_a_rank_that_has_completed_a_call_is_told_that_others_refuse_it(name: str) -> None:
     """Also a rank whose program ends with the call."""
@@ -567,11 +570,13 @@ def test_a_rank_that_has_completed_a_call_is_told_that_others_refuse_it(name: st
         assert re.search(rf"rank 1 called I?{name}\(.*noticed by rank 0", said), said
 
 
+@pytest.mark.slow(keep=2)
 def test_a_rank_is_told_once_while_it_goes_on() -> None:
     status, said = run_job(2, NOT_TOLD.replace("CALL", GOES_ON["Bcast"]) + "\ntime.sleep(1.5)")
     assert (status, said.count("this rank has completed"), said.count("raised")) == (0, 1, 1), said
 
 
+@pytest.mark.slow(keep=2)
 def test_no_rank_outlives_its_launcher() -> None:
     body = """
     comm.Barrier()

@@ -220,6 +220,7 @@ def test_a_program_with_files_never_imports_the_compiler(tmp_path: Path) -> None
     assert run_allreduce(tmp_path) == ["True", "True"]
 
 
+@pytest.mark.slow(keep=1)
 def test_without_numba_and_files_numpy_computes_the_same(tmp_path: Path) -> None:
     assert run_allreduce(tmp_path, "import sys; sys.modules['numba'] = None" + ALLREDUCE) == ["False", "False"]
 
@@ -352,6 +353,7 @@ print(native.index(False), len(started), all(native[:native.index(False)]), any(
 """
 
 
+@pytest.mark.slow(keep=1)
 def test_all_ranks_change_to_shared_memory_at_the_same_call(tmp_path: Path) -> None:
     lines = run_program(tmp_path, SWITCH, 3, HPCCOMM_COMPILE="background")
     # the last rank has the functions on entering call 7, which synchronises all ranks
@@ -415,6 +417,7 @@ print(comm.explain("allreduce", 24).algorithm)
 """
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("registered", [False, True])
 def test_a_program_that_asks_for_shared_memory_gets_it_at_once(registered: bool, tmp_path: Path) -> None:
     lines = run_program(tmp_path, NAMED.format(registered=registered), 2, HPCCOMM_COMPILE="background")

@@ -452,6 +452,7 @@ def test_a_push_that_bsp_still_holds_back_is_dropped_when_its_worker_fails() -> 
     assert seen == [[1, 2, 4]]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(("servers", "mode"), [(1, "asp"), (2, "bsp"), (2, ("ssp", 1))])
 def test_a_worker_that_dies_silently_is_given_up_after_a_while(
     servers: int, mode: Any, caplog: pytest.LogCaptureFixture

@@ -9,7 +9,7 @@ import pytest
 
 from hpccomm.launcher import launch_command
 
-pytestmark = pytest.mark.slow(keep=6)
+pytestmark = pytest.mark.slow(keep=3)
 
 HEAD = """
 import os, sys, time

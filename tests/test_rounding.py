@@ -189,6 +189,7 @@ def test_the_damped_form_is_never_further_away_than_zero(name: str) -> None:
     assert made.encode(np.zeros(0, F32)).size >= 32
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", ["qsgd", "qsgd, one level", "qsgd, four", "ternary, not clipped", "natural"])
 def test_without_feedback_the_mean_of_many_steps_is_the_gradient(name: str) -> None:
     """4,000 steps of 2 ranks: the error of the mean is at most a few of its standard deviations."""

@@ -111,6 +111,7 @@ sys.excepthook(ValueError, ValueError("the mistake"), None)
 """
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("setting", ["", "off"])
 def test_the_excepthook_can_be_switched_off_and_calls_the_programs_own(setting: str) -> None:
     from hpccomm.testing.jobs import run_under_mpi

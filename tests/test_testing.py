@@ -210,6 +210,7 @@ def sick(tmp_path_factory: pytest.TempPathFactory) -> Session:
 pytestmark = [pytest.mark.slow(keep=1), pytest.mark.mpi_skip]  # these tests start ranks of their own
 
 
+@pytest.mark.slow
 def test_a_test_is_one_result_a_size_and_serial_tests_come_first(healthy: Path) -> None:
     session = run_pytest(healthy, "-v", "-k", "not (p4 or p5 or p7)")
     everybody = [f"test_everybody[p{n}-{x}]" for n in (1, 2, 3) for x in "ab"]

@@ -126,6 +126,7 @@ def test_a_program_that_ends_with_an_error_keeps_its_error(tmp_path: Path) -> No
     assert "my own mistake" in done.stderr
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_rank_that_ends_long_after_the_others_does_not_hang(tmp_path: Path, late: int) -> None:
     program = f"timeline.AGREEMENT_SECONDS = 0.5; time.sleep(2 * (comm.rank == {late}))"
