@@ -20,7 +20,7 @@ REMEDY = "pass the same names, shapes and dtypes in the same order on all ranks,
 def as_communicator(who: str, comm: Any) -> Any:
     """``comm`` with layout and levels: of mpi4py's own the one that :func:`hpccomm.allreduce` makes, once (collective).
 
-    Others that have a communicator's methods are taken as they are; raises for anything else.
+    Others that have a rank and a size are taken as they are; raises for anything else.
     """
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and isinstance(comm, mpi.Comm):
@@ -30,7 +30,7 @@ def as_communicator(who: str, comm: Any) -> Any:
             return communicator(comm)
         except ArgumentError as error:
             raise ArgumentError(f"{who}: {error}") from None
-    if not hasattr(comm, "Allgather"):
+    if not (hasattr(comm, "rank") and hasattr(comm, "size")):
         raise ArgumentError(f"{who}: {comm!r} is no communicator: pass hpccomm.Communicator(MPI.COMM_WORLD)")
     return comm
 
