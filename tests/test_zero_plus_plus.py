@@ -287,6 +287,7 @@ def test_processes_take_the_steps_of_threads(comm: Any, monkeypatch: pytest.Monk
 # Training
 
 
+@pytest.mark.slow
 def test_digits_are_learnt_as_well() -> None:
     """Accuracy over three seeds: the mean of ZeRO++ lies within the spread of the seeds."""
     data = digits(640)
