@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = {item for (_, size), rows in tables.items() for item in choose_rows(rows, size)}
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported for the tests is no garbage: collections need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def table_of(item: pytest.Item) -> tuple[str, int]:

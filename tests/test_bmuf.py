@@ -25,7 +25,7 @@ from hpccomm.algorithms.reports import report
 from hpccomm.algorithms.states import for_ranks, snapshot
 from hpccomm.algorithms.transforms import AdamState, Transform, adam, chain, momentum, scale
 from hpccomm.arrays import borrow
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, MismatchError
 from hpccomm.testing.ranks import run_on_ranks
 
 Vector = Any
@@ -588,7 +588,6 @@ def test_a_gradient_unlike_the_weights_is_refused_before_any_message() -> None:
 
 def test_check_names_a_rank_with_other_weights() -> None:
     """An outer step that differs between ranks is what ``check`` is there to see."""
-    from hpccomm.errors import MismatchError
 
     def body(comm: Any) -> None:
         astray = chain(mean(comm), scale(-1.0 - comm.rank // 2))
@@ -616,3 +615,16 @@ def test_blocks_over_mpi_give_the_same_bits_on_all_ranks(comm: MPI.Intracomm) ->
         check_replicas(comm, weights)
         check_replicas(comm, method.export(state))
         assert math.isfinite(float(weights.sum()))
+
+
+def test_ranks_whose_blocks_have_other_lengths_are_told() -> None:
+    def body(comm: Any) -> None:
+        period, weights = 3 if comm.rank == 1 else 2, np.zeros(4)
+        method = local_sgd(comm, HALF, period)
+        state = method.init(weights)
+        for _ in range(period - 1):
+            _, state = method.update(np.ones(4), state, weights)
+        with pytest.raises(MismatchError, match="a block has 2 steps on rank 0, 3 on rank 1: pass the same period"):
+            method.update(np.ones(4), state, weights)
+
+    run_on_ranks(3, body)

@@ -159,6 +159,7 @@ def test_nodes_may_have_different_numbers_of_ranks(collective: str) -> None:
             verify_algorithm(HIERARCHICAL[collective](nodes), collective, p)
 
 
+@pytest.mark.slow
 def test_verify_plot_and_predict_accept_hierarchical(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "hierarchical", "--size", "1:9"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == list(HIERARCHICAL)

@@ -19,7 +19,7 @@ from hpccomm.algorithms.states import Unsent
 from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import ResidualTransform, Transform, chain, momentum, scale
 from hpccomm.algorithms.two_tier import hybrid, residual_norm
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, MismatchError
 from hpccomm.testing.ranks import run_on_ranks
 
 Vector = Any
@@ -435,9 +435,16 @@ def test_impossible_arguments_are_refused_on_every_rank(make: Callable[[Any], An
     run_on_ranks(4, body, nodes=[0, 0, 1, 1])
 
 
-def test_a_communicator_without_nodes_needs_a_group_size() -> None:
-    with pytest.raises(ArgumentError, match="does not know its nodes"):
-        hybrid(MPI.COMM_SELF, mean, scale(1.0))
+@pytest.mark.parametrize("name", ["group_size", "sliced_leaders", "period", "warmup"])
+def test_ranks_that_pass_other_arguments_are_told_on_all_ranks(name: str) -> None:
+    """One with another group size would wait in a communicator that the others do not share."""
+
+    def body(comm: Any) -> None:
+        values = {"group_size": (2, 1), "sliced_leaders": (True, False), "period": (4, 5), "warmup": (0, 2)}[name]
+        with pytest.raises(MismatchError, match=f"hybrid: {name} is .* on rank 0, .* on rank 3: pass the same"):
+            hybrid(comm, mean, scale(1.0), **{"group_size": 2, name: values[comm.rank == 3]})
+
+    run_on_ranks(4, body)
 
 
 # On MPI

@@ -120,6 +120,7 @@ def test_an_error_of_mpi_is_raised_with_its_text(ours: Communicator) -> None:
         assert raised.value.Get_error_class() == MPI.ERR_RANK
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(sizes=(2,))
 @pytest.mark.parametrize("elements", [0, 4, 100])
 def test_a_message_of_another_call_is_named(ours: Communicator, elements: int) -> None:

@@ -280,8 +280,6 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
         lambda: hpccomm.gtc(MPI.COMM_SELF, exchange="ring"),
         "exchange is 'ring': pass one of 'auto', 'allgather'",
     ),
-    (lambda: hpccomm.gtc(MPI.COMM_SELF, exchange="node"), "does not know its nodes"),
-    (lambda: hpccomm.gtc(MPI.COMM_SELF, exchange="leaders"), "is 'leaders', but this communicator does not know"),
     (lambda: hpccomm.feedback(hpccomm.sign_majority(), MPI.COMM_SELF, exchange="dense"), "counts votes"),
     (
         lambda: hpccomm.feedback(

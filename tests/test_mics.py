@@ -272,6 +272,11 @@ ON_SHARDS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
     ),
     "loss scale": (lambda comm: DESCENT, {"loss_scale": LossScale(8.0, 2)}, ""),
     "scale_loss": (lambda comm: scale_loss(MPI.COMM_SELF, DESCENT), {}, "scale_loss in .* pass loss_scale="),
+    "scale_loss after clip": (
+        lambda comm: chain(clip(9.0), scale_loss(MPI.COMM_SELF, DESCENT, LossScale(1.0))),
+        {},
+        "(scale_loss|clip) in .* pass (loss_scale|max_norm)=",
+    ),
     "a trust ratio of clip": (
         lambda comm: (
             lambda bucket, reduce: chain(
@@ -306,17 +311,29 @@ def test_an_optimizer_takes_the_same_steps_on_shards_of_any_size_or_is_refused(n
         def states() -> ShardedModel:
             return mics(comm, first_weights(), make(comm), partition, **arguments)
 
-        if why and partition > 1:
+        if why and (partition > 1 or "scale_loss" in name):
             with pytest.raises(ArgumentError, match=why):
                 states()
             return None
         return run_steps(states(), comm.rank, 1)
 
     whole, *shards = (run_on_ranks(4, lambda comm, p=p: body(comm, p), nodes_of(4, p))[0] for p in (1, 2, 4))
-    assert whole
+    assert bool(whole) == ("scale_loss" not in name), "the overflows that halve its factor never reach it"
     for found in shards:
         assert bool(why) == (found is None)
-        assert all(np.allclose(found[tensor], whole[tensor], rtol=1e-6, atol=1e-7) for tensor in found or ())
+        assert all(np.allclose(found[tensor], (whole or {})[tensor], rtol=1e-6, atol=1e-7) for tensor in found or ())
+
+
+@pytest.mark.parametrize("name", ["partition_size", "hierarchical"])
+def test_ranks_that_pass_mics_other_arguments_are_told_on_all_ranks(name: str) -> None:
+    """One with another partition size would wait in a group that the others do not share."""
+
+    def body(comm: Any) -> None:
+        values = {"partition_size": (2, 1), "hierarchical": (True, False)}[name]
+        with pytest.raises(MismatchError, match=f"mics: {name} is .* on rank 0, .* on rank 3: pass the same"):
+            mics(comm, first_weights(), DESCENT, **{"partition_size": 2, name: values[comm.rank == 3]})
+
+    run_on_ranks(4, body)
 
 
 REFUSED_BY_SOME: dict[str, tuple[dict[str, Any], Callable[[Any], Any], str]] = {

@@ -360,6 +360,45 @@ def test_all_ranks_change_to_shared_memory_at_the_same_call(tmp_path: Path) -> N
     assert sorted(lines) == ["6 0 True False", "6 0 True False", "6 1 True False"]
 
 
+OF_OBJECTS = """
+import numpy as np
+from mpi4py import MPI
+import hpccomm, hpccomm.context
+from hpccomm.kernels import objects
+rank, size, number = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, 0
+hpccomm.context.LOOK_SECONDS = 0
+objects.compile_in_background = lambda: None
+objects.complete = lambda: number > 2  # all ranks have the functions from call 3 on
+def read():
+    if rank == 1:
+        raise ValueError("cannot be read")
+    return 1
+class Unreadable:
+    def __reduce__(self):
+        return read, ()
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+comm.Allreduce(np.ones(3), y := np.empty(3))
+awaits, failed = [], 0
+for number in range(6):
+    given = Unreadable() if number == 3 else 1
+    try:
+        {call}
+    except ValueError:
+        failed += 1
+    awaits.append(comm.context.awaits_code)
+comm.Allreduce(np.ones(3), y)
+print(awaits.index(False), failed == (rank == 1), y[0] == size)
+"""
+
+
+@pytest.mark.parametrize("call", ["comm.allgather(given)", "comm.alltoall([given] * size)"])
+def test_ranks_change_to_shared_memory_after_a_call_in_which_one_cannot_read_an_object(
+    call: str, tmp_path: Path
+) -> None:
+    lines = run_program(tmp_path, OF_OBJECTS.format(call=call), 2, HPCCOMM_COMPILE="background")
+    assert lines == ["4 True True"] * 2
+
+
 NAMED = """
 import numpy as np
 from mpi4py import MPI

@@ -21,6 +21,7 @@ from mpi4py import MPI
 import hpccomm
 from hpccomm import ArgumentError, Communicator, context
 from hpccomm.__main__ import main
+from hpccomm.calls import watchdog
 from hpccomm.cluster.nodes import Cluster, unavailable_reason
 from hpccomm.commands.stacks import find_ranks
 from hpccomm.communicator import NATIVE_CALLS
@@ -129,6 +130,79 @@ def test_stalls_of_levels_and_derived_communicators_are_reported() -> None:
         assert found, (name, said)
         assert f"rank {rank}: in no call since Allreduce" in found[0]
         assert "in <module>" in found[0]
+
+
+def test_ranks_that_share_no_communicator_with_the_late_one_say_for_whom_they_wait() -> None:
+    """Rank 0 waits between the groups for rank 2, which waits inside its group for rank 3."""
+    status, said = run_job(
+        4,
+        """
+        comm, weights = hpccomm.Communicator(MPI.COMM_WORLD), np.zeros(8, "f4")
+        inner = hpccomm.scale(-0.1)
+        method = hpccomm.hybrid(comm, lambda group: hpccomm.mean(group), inner, 2, period=50)
+        state = method.init(weights)
+        for turn in range(2):
+            step, state = method.update(np.ones(8, "f4"), state, weights)
+        pair = comm.Split(comm.rank % 2, comm.rank)
+        pair.Allreduce(np.ones(8), np.empty(8))
+        os.environ["HPCCOMM_STALL_SECONDS"] = "0.5"
+        def read_data():
+            time.sleep(3)
+        if comm.rank == 3:
+            read_data()
+        if comm.rank >= 2:
+            method.update(np.ones(8, "f4"), state, weights)
+        pair.Allreduce(np.ones(8), np.empty(8))
+        if comm.rank < 2:
+            method.update(np.ones(8, "f4"), state, weights)
+        """,
+    )
+    assert status == 0, said
+    missing = r"not complete after .*; missing: rank 1\n"
+    assert re.search(rf"of ranks 0,2\b.*{missing}(.*\n)+?.*rank 1: in .* of ranks 2-3", said), said
+    assert re.search(rf"of ranks 2-3\b.*{missing}.*in no call since .*in read_data", said), said
+
+
+def test_the_missing_ranks_of_a_call_in_several_parts_are_named() -> None:
+    status, said = run_job(
+        2,
+        """
+        comm, x = hpccomm.Communicator(MPI.COMM_WORLD), np.ones(8)
+        comm.Allreduce(x, x.copy(), reproducible=True)
+        os.environ["HPCCOMM_STALL_SECONDS"] = "0.5"
+        time.sleep(2 * comm.rank)
+        comm.Allreduce(x, x.copy(), reproducible=True)
+        """,
+    )
+    assert status == 0, said
+    assert "missing: rank 1" in said
+    assert "no rank is missing" not in said
+
+
+def test_a_communicator_is_freed_after_the_check_of_the_watchdog_that_reads_its_memory() -> None:
+    inside, may_end, checks = threading.Event(), threading.Event(), []
+
+    class Table:
+        active_seq = 0
+
+        def write_wanted_texts(self) -> None:
+            inside.set()
+            assert may_end.wait(30)
+            checks.append("ended")
+
+        def take_refusal(self) -> str:
+            return ""
+
+    group = watchdog.Group(Comm(recorder(), 1 << 50, "ranks 0"), 0, [(0,)], Table())
+    threading.Thread(target=group.check_calls).start()
+    assert inside.wait(30)
+    closing = threading.Thread(target=lambda: (group.close(), checks.append("closed")))
+    closing.start()
+    closing.join(0.2)
+    may_end.set()
+    closing.join()
+    group.check_calls()
+    assert checks == ["ended", "closed"]
 
 
 @pytest.mark.slow(keep=3)

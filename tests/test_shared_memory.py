@@ -622,6 +622,7 @@ def test_free_memory_is_the_least_of_all_control_group_limits(tmp_path: Path) ->
         (folder / "memory.stat").write_text("anon 1\ninactive_file 50\n")
     assert free_in_group(str(tmp_path), "/job/step", *GROUP_V2) == 350
     assert free_in_group(str(tmp_path), "/", *GROUP_V2) == 4250
+    assert free_in_group(str(tmp_path), "/../outside", *GROUP_V2) == 4250, "as a namespace of groups shows them"
     assert 0 < free_bytes() < 1 << 50
 
 

@@ -724,6 +724,7 @@ def test_a_call_with_a_time_limit_ends_on_the_ranks_that_wait(name: str) -> None
     TIMED[name](group, timedelta(seconds=60))
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(sizes=(2, 3))
 @pytest.mark.parametrize("name", ["all_reduce", "asynchronous all_reduce", "recv"])
 def test_the_time_limit_of_a_group_ends_each_of_its_calls(name: str) -> None:

@@ -37,7 +37,7 @@ def test_the_code_of_the_page_runs(capfd: pytest.CaptureFixture[str], monkeypatc
     module.dist.destroy_process_group()
 
 
-@pytest.mark.slow(keep=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "method"), [("resnet", "dense"), ("resnet", "gtc"), ("gpt", "bmuf")])
 def test_the_example_trains(network: str, method: str, entry_point: dict[str, str]) -> None:
     steps = {"resnet": "12", "gpt": "4"}[network]

@@ -25,6 +25,7 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow(keep=1)
 def test_three_lines(tmp_path: Path, entry_point: dict[str, str]) -> None:
     program = write(
         tmp_path,
@@ -48,6 +49,7 @@ dist.destroy_process_group()
     ]
 
 
+@pytest.mark.slow(keep=1)
 def test_one_rank_is_a_group_as_well(tmp_path: Path, entry_point: dict[str, str]) -> None:
     program = write(tmp_path, "dist.init_process_group('hpccomm')\ndist.barrier()\nprint(dist.get_world_size())\n")
     done = run_under_mpi(1, program, environ=entry_point)

@@ -325,6 +325,7 @@ def test_notes_of_other_runs_are_refused_on_all_ranks(
         train(comm, data, network, METHODS["sgd"](comm), SETTINGS, keeper=folder)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_ends_a_run_that_the_same_command_resumes(tmp_path: Path) -> None:
     words = [
         sys.executable,
@@ -442,6 +443,7 @@ def test_the_command_writes_what_it_measured(comm: MPI.Intracomm, tmp_path: Path
         assert [list(epoch) for epoch in found["epochs"]] == [keys, keys]
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(sizes=(1, 3))
 def test_all_methods_are_shown_in_one_table(comm: MPI.Intracomm, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "out.json"

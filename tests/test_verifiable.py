@@ -1,13 +1,15 @@
-"""Inputs with reductions that are exact in any order and depend on every rank and position; collective assertions."""
+"""What the tests use: inputs whose reductions are exact in any order, collective assertions, the choice of --quick."""
 
 from __future__ import annotations
 
 from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import choose_slow
 from verifiable import DTYPES, FOLDS, collective_assert, operand, operations, reduction
 
 SIZES = (1, 2, 3, 4, 7, 47, 64)
@@ -108,3 +110,28 @@ def test_hypothesis_shrinks_a_failure_on_all_ranks_together(comm: Any) -> None:
     with pytest.raises(AssertionError, match="n = 38"):
         fails_on_the_last_rank()
     assert len(set(comm.allgather(tuple(seen)))) == 1
+
+
+class Row:
+    """A test that is marked slow."""
+
+    def __init__(self, nodeid: str, **keep: int) -> None:
+        self.nodeid, self.keep = nodeid, keep
+
+    def get_closest_marker(self, name: str) -> Any:
+        return SimpleNamespace(kwargs=self.keep)
+
+
+@pytest.mark.parametrize(
+    ("keeps", "kept"),
+    [
+        ({"a[1]": 0, "a[2]": 0}, []),
+        ({"a[1]": 1, "a[2]": 1, "b": 1}, ["a[1]"]),
+        ({"a[1]": 2, "a[2]": 2, "b": 2}, ["a[1]", "b"]),
+        ({"a": 0, "b[1]": 2, "b[2]": 2}, ["b[1]", "b[2]"]),
+        ({"a[1]": 3, "a[2]": 3, "b": 3}, ["a[1]", "b", "a[2]"]),
+    ],
+)
+def test_quick_keeps_a_row_of_each_slow_test_before_a_second_one_of_any(keeps: dict[str, int], kept: list[str]) -> None:
+    rows: Any = [Row(name, **({"keep": keep} if keep else {})) for name, keep in keeps.items()]
+    assert [row.nodeid for row in choose_slow(rows)] == kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -14,6 +15,35 @@ from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import ArgumentError, MismatchError
 
 REMEDY = "pass the same names, shapes and dtypes in the same order on all ranks, e.g. dict(sorted(tensors.items()))"
+
+
+def as_communicator(who: str, comm: Any) -> Any:
+    """``comm`` with layout and levels: of mpi4py's own the one that :func:`hpccomm.allreduce` makes, once (collective).
+
+    Others that have a rank and a size are taken as they are; raises for anything else.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and isinstance(comm, mpi.Comm):
+        from hpccomm.functional import communicator
+
+        try:
+            return communicator(comm)
+        except ArgumentError as error:
+            raise ArgumentError(f"{who}: {error}") from None
+    if not (hasattr(comm, "rank") and hasattr(comm, "size")):
+        raise ArgumentError(f"{who}: {comm!r} is no communicator: pass hpccomm.Communicator(MPI.COMM_WORLD)")
+    return comm
+
+
+def check_same_arguments(comm: Any, who: str, **mine: Any) -> None:
+    """Raise on all ranks unless all passed the same (collective)."""
+    everyone = comm.allgather(mine)
+    for rank, theirs in enumerate(everyone):
+        for name, one in everyone[0].items():
+            if theirs[name] != one:
+                raise MismatchError(
+                    f"{who}: {name} is {one!r} on rank 0, {theirs[name]!r} on rank {rank}: pass the same on all ranks"
+                )
 
 
 def find_odd_ranks(comm: Any, content: Any) -> list[int]:

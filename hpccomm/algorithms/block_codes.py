@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from hpccomm.algorithms.agreement import as_communicator
 from hpccomm.algorithms.compression.format import check_flat
 from hpccomm.algorithms.error_feedback import LARGEST_SUM, all_ranks_true, largest
 from hpccomm.algorithms.exchange import allreduce_bytes, exchange_unsent
@@ -65,6 +66,7 @@ def block_mean(
     >>> step.tolist(), state.residual.tolist()
     ([127.0, 1.0, -64.0], [0.0, 0.0, 0.25])
     """
+    comm = as_communicator("block_mean", comm)
     check_choice("block_mean: code", code, tuple(CODES))
 
     def init(weights: Vector) -> BlockMeanState:

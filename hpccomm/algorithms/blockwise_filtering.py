@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from hpccomm.algorithms import local_steps
+from hpccomm.algorithms.agreement import as_communicator
 from hpccomm.algorithms.exact_steps import exact_step
 from hpccomm.algorithms.exchange import allreduce_bytes, mean
 from hpccomm.algorithms.local_steps import LocalStatePolicy, PeriodicState, PeriodicTransform, Weighting
@@ -119,6 +120,7 @@ def bmuf(
     Chen & Huo, *Scalable training of deep learning machines by incremental block training with intra-block
     parallel optimization and blockwise model-update filtering*, ICASSP 2016.
     """
+    comm = as_communicator("bmuf", comm)
     eta = 1 - 1 / comm.size if momentum is None else momentum
     block = block_filter(eta, lr, nesterov)
     outer = shard_filter(comm, block) if shard_state else chain(mean(comm), block)
@@ -219,6 +221,7 @@ def bmuf_adam(
 
     Each block ends with an exchange of three vectors instead of one (Chen, Ding & Huo, ICASSP 2020).
     """
+    comm = as_communicator("bmuf_adam", comm)
     eta = 1 - 1 / comm.size if momentum is None else momentum
     inner = chain(adam(b1, b2, eps), descend(lr))
     return bmuf(

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpccomm.algorithms.agreement import run_collectively
+from hpccomm.algorithms.agreement import as_communicator, run_collectively
 from hpccomm.algorithms.checkpoints import FORMAT, CheckpointFile, write_file
 from hpccomm.algorithms.states import for_ranks
 from hpccomm.errors import ArgumentError
@@ -67,6 +67,7 @@ def save_set(
     Collective; ``folder`` is shared by all ranks.  ``note`` is kept in ``folder/name.json``, beside the keys
     ``checkpoint`` and ``crc32``.  Raises on all ranks if one cannot write; the older set is then unchanged.
     """
+    comm = as_communicator("save_set", comm)
     write_set(comm, folder, name, f"save_set {os.fspath(folder)}", note or {}, states, comm.rank, comm.size)
 
 
@@ -77,6 +78,7 @@ def load_set(comm: Any, folder: str | os.PathLike[str], name: str, /, **like: An
     ranks for files that are missing, damaged, of another set, or of another method or model; where nothing was saved
     yet, ``folder/name.json`` does not exist.
     """
+    comm = as_communicator("load_set", comm)
     what = f"load_set {os.fspath(folder)}"
     manifest = find_set(comm, folder, name, what)
     states = run_collectively(comm, what, lambda: restore_set(Path(folder), manifest, comm, like))

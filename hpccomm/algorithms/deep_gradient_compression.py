@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hpccomm.algorithms.agreement import as_communicator
 from hpccomm.algorithms.compression.format import check_density, check_flat
 from hpccomm.algorithms.compression.selection import topk
 from hpccomm.algorithms.error_feedback import (
@@ -137,6 +138,7 @@ def dgc(
     momentum SGD.  If any rank's gradient is not finite, no rank steps, and only ``steps`` and ``skipped`` change in the
     state.
     """
+    comm = as_communicator("dgc", comm)
     check_arguments(density, stages, momentum, warmup, weight_decay, clip, smallest)
     places = split_tensors(bucket, smallest)
     limit = None if clip is None else clip * comm.size**0.5

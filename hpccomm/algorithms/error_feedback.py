@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.algorithms.agreement import as_communicator
 from hpccomm.algorithms.compression.format import (
     HEADER_BYTES,
     MAX_ELEMENTS,
@@ -44,7 +45,6 @@ from hpccomm.algorithms.message_paths import (
     DENSE,
     EXCHANGES,
     LEADERS,
-    NODE,
     PATHS,
     TRY_AGAIN,
     choose_path,
@@ -155,16 +155,11 @@ def feedback(
     was damaged in transit: continue from a checkpoint.  :func:`~hpccomm.flush` sends the residuals at the end of a run.
     """
     require(hasattr(compressor, "decode_all"), f"feedback: {compressor!r} is no compressor: pass topk(0.01) …")
-    require(hasattr(comm, "Allgather"), f"feedback: {comm!r} is no communicator: pass hpccomm.Communicator(comm)")
+    comm = as_communicator("feedback", comm)
     check_decay("feedback: momentum", momentum)
     check_choice("feedback: reduce", reduce, ("mean", "sum"))
     require(not nesterov or momentum > 0, "feedback: nesterov needs momentum: pass one above 0")
     check_choice("feedback: exchange", exchange, EXCHANGES)
-    require(
-        exchange not in (NODE, LEADERS) or hasattr(comm, "intra_node"),
-        f"feedback: exchange is {exchange!r}, but this communicator does not know its nodes: pass "
-        "hpccomm.Communicator(comm)",
-    )
     require(
         exchange not in (DENSE, LEADERS) or compressor.agree is None,
         f"feedback: exchange is {exchange!r}, but {compressor.name} counts votes: pass 'allgather' or 'auto'",
@@ -483,6 +478,7 @@ def without_feedback(
         f"without_feedback: {compressor.name} leaves out the same elements again and again: pass qsgd, ternary or "
         "natural, or use feedback",
     )
+    comm = as_communicator("without_feedback", comm)
     check_choice("without_feedback: reduce", reduce, ("mean", "sum"))
     sends = UnbiasedExchange(compressor, comm, 0.0, False, False, reduce, parts)
     return Transform(sends.init, sends.update, comm=comm, needs_whole=compressor.name)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hpccomm.algorithms import transforms
-from hpccomm.algorithms.agreement import find_odd_ranks
+from hpccomm.algorithms.agreement import as_communicator, find_odd_ranks
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport
 from hpccomm.algorithms.states import Scratch
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, apply_if_finite, chain, descend
@@ -44,6 +44,7 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
     float16 and bfloat16 on the host travel in 16 bits, are added in float32 in rank order, and rounded once; on a
     device, and by a named algorithm, they are widened to float32.  A single rank sends nothing.
     """
+    comm = as_communicator("mean", comm)
     named: dict[str, Any] = {} if algorithm == "auto" else {"algorithm": algorithm}
 
     def travels_in_halves(vector: Vector) -> bool:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.algorithms.agreement import as_communicator
 from hpccomm.algorithms.exact_steps import exact_step
 from hpccomm.algorithms.exchange import check_replicas, mean
 from hpccomm.algorithms.reports import ExchangeReport, report
@@ -51,6 +52,7 @@ from hpccomm.algorithms.transforms import (
 )
 from hpccomm.algorithms.trees import export_for_trees, finish_for_trees
 from hpccomm.arrays import narrow, widen
+from hpccomm.errors import MismatchError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -171,6 +173,7 @@ def periodic_transform(
     ranks, see :mod:`hpccomm.algorithms.exact_steps`; copy ``state.start`` if another transform follows, or in JAX.
     Where a run goes on with one rank, or one group, ``outer`` begins anew after each block, and its schedules go on.
     """
+    comm = as_communicator("periodic", comm)
     require(isinstance(period, int) and period >= 1, f"periodic: period is {period}: pass an integer, 1 or more")
     whole = isinstance(warmup, int | np.integer)
     require(whole and warmup >= 0, f"periodic: warmup is {warmup}: pass 0 or more synchronous steps")
@@ -350,12 +353,24 @@ class PeriodicSteps:
         finite = float(np.isfinite(behind).all())
         mine = [self.weight(counted, state), finite, float(last), float(self.group_id), float(state.steps)]
         rows, state = self.allgather_rows(self.comm, np.array(mine), state)
+        self.check_same_period(rows[:, 4], rows[:, 2] == 0)
         total, groups = rows[:, 0].sum(), np.unique(rows[:, 3]).size
         share = rows[rows[:, 3] == self.group_id, 0].sum() * groups / total if total > 0 else 0.0
         agreed = Agreement(
             float(share), bool(total > 0), bool(rows[:, 1].all()), bool(rows[:, 2].all()), int(rows[:, 4].max())
         )
         return agreed, state
+
+    def check_same_period(self, steps: Vector, goes_on: npt.NDArray[np.bool_]) -> None:
+        """Raise on all ranks unless those that go on have ended blocks of one length."""
+        ranks = np.flatnonzero(goes_on)
+        odd = ranks[steps[ranks] != steps[ranks[:1]]]
+        if odd.size:
+            first, other = ranks[0], odd[0]
+            raise MismatchError(
+                f"rank {self.comm.rank}: a block has {steps[first]:.0f} steps on rank {first}, {steps[other]:.0f} on "
+                f"rank {other}: pass the same period on all ranks"
+            )
 
     def count_samples(self) -> float:
         """The running total of this rank's samples, where ``weight_by`` counts them."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hpccomm.algorithms.agreement import as_communicator
 from hpccomm.algorithms.error_feedback import all_ranks_true
 from hpccomm.algorithms.reports import MessageReport
 from hpccomm.algorithms.states import children_of, skip_step
@@ -80,6 +81,7 @@ def scale_loss(comm: MPI.Intracomm, inner: Transform, first: LossScale | None = 
     >>> step.tolist(), loss_scale(state)
     ([0.0], 4.0)
     """
+    comm = as_communicator("scale_loss", comm)
     check_transform("scale_loss", inner)
     first = LossScale(2.0**16, 2000) if first is None else first
     require(isinstance(first, LossScale), f"scale_loss: first is {first!r}: pass hpccomm.LossScale(65536.0, 2000)")
@@ -100,8 +102,13 @@ def scale_loss(comm: MPI.Intracomm, inner: Transform, first: LossScale | None = 
 
 def loss_scale(state: Any) -> float:
     """The factor by which to multiply the loss of the next step: of a state at any depth, 1 where it has none."""
-    if isinstance(state, LossScale):
-        return state.value
-    if not isinstance(state, tuple):
-        return 1.0
-    return next((found for _, each, _ in children_of(state) if (found := loss_scale(each)) != 1.0), 1.0)
+    found = find_scale(state)
+    return 1.0 if found is None else found.value
+
+
+def find_scale(state: Any) -> LossScale | None:
+    """The loss scale in a state at any depth, the first whose factor is not 1; None where it has none."""
+    if isinstance(state, LossScale) or not isinstance(state, tuple):
+        return state if isinstance(state, LossScale) else None
+    scales = [found for _, each, _ in children_of(state) if (found := find_scale(each)) is not None]
+    return next((each for each in scales if each.value != 1), scales[0] if scales else None)

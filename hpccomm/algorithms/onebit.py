@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.algorithms.agreement import as_communicator
 from hpccomm.algorithms.compression.format import check_flat
 from hpccomm.algorithms.compression.signs import onebit
 from hpccomm.algorithms.error_feedback import FeedbackTransform, all_ranks_true, feedback, largest
@@ -137,6 +138,7 @@ def onebit_adam(
     tensors of m's root mean square at the freeze divided by its own, and divided by σ at the receiver, as in
     :func:`onebit_lamb`.  Use it where the gradients of tensors differ in magnitude.
     """
+    comm = as_communicator("onebit_adam", comm)
     check_decay("onebit_adam: b1", b1)
     check_decay("onebit_adam: b2", b2)
     check_count("onebit_adam: freeze_step", freeze_step, 1)  # an element without a variance never moves
@@ -274,7 +276,7 @@ def onebit_lamb(
     check_rate("onebit_lamb: lr", lr)
     for name, number in (("eps", eps), ("weight_decay", weight_decay)):
         check_not_negative(f"onebit_lamb: {name}", number)
-    places = tensor_slices(bucket) or []
+    comm, places = as_communicator("onebit_lamb", comm), tensor_slices(bucket) or []
     decays = np.array([weight_decay * slot.decay for slot in bucket.table], np.float32)
 
     def init(weights: Vector) -> OneBitLambState:

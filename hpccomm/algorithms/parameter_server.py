@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.agreement import check_same_tensors, rows_of
+from hpccomm.algorithms.agreement import as_communicator, check_same_tensors, rows_of
 from hpccomm.algorithms.blockwise_filtering import shard
 from hpccomm.algorithms.row_sparse import RowCode
 from hpccomm.algorithms.transforms import Transform, Vector, is_number, require
@@ -282,6 +282,7 @@ class ParameterServer:
         rows: tuple[Bucket, Collection[str]] | None = None,
         patience: float | None = None,
     ) -> None:
+        comm = as_communicator("ParameterServer", comm)
         self.rules = rules_of(mode, backup=backup, mean=reduce == "mean", damp=damp, limit=limit)
         require(
             patience is None or (is_number(patience) and patience > 0),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.algorithms.agreement import as_communicator
 from hpccomm.algorithms.compression.format import check_flat
 from hpccomm.algorithms.compression.matrix_factors import orthonormalise, start_factor
 from hpccomm.algorithms.deep_gradient_compression import check_bucket_vectors, pack_slices, unpack_slices
@@ -126,7 +127,7 @@ def powersgd(
     check_count("powersgd: rank", rank, 1)
     check_seed("powersgd", seed)
     check_count("powersgd: start_dense_steps", start_dense_steps, 0)
-    matrices, dense, errors, lefts, rights = split_matrices(bucket, rank)
+    comm, (matrices, dense, errors, lefts, rights) = as_communicator("powersgd", comm), split_matrices(bucket, rank)
 
     def init(weights: Vector) -> PowerSgdState:
         check_flat(weights, "powersgd")

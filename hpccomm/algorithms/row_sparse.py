@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms import exchange as dense
+from hpccomm.algorithms.agreement import as_communicator
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport
 from hpccomm.algorithms.transforms import Transform, Vector, check_choice, require
 from hpccomm.buckets import Bucket
@@ -103,6 +104,7 @@ def mean_rows(comm: MPI.Intracomm, bucket: Bucket, tensors: Collection[str], *, 
     >>> bool((step == 1).all())
     True
     """
+    comm = as_communicator("mean_rows", comm)
     check_choice("mean_rows: exchange", exchange, PATHS)
     regions = find_regions(bucket, tensors)
     others = slices_between(regions, bucket.size)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from hpccomm.algorithms import local_steps
+from hpccomm.algorithms.agreement import as_communicator, check_same_arguments
 from hpccomm.algorithms.blockwise_filtering import FilterState, Nesterov, block_filter, lengths
 from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.local_steps import LocalStatePolicy, PeriodicState, PeriodicTransform, Weighting
@@ -69,6 +70,9 @@ def hybrid(
     """
     check_residual(residual)
     require(local_state in ("keep", "reset"), f"hybrid: local_state is {local_state!r}: pass 'keep' or 'reset'")
+    comm = as_communicator("hybrid", comm)
+    same: dict[str, Any] = {"group_size": group_size, "sliced_leaders": sliced_leaders, "period": period}
+    check_same_arguments(comm, f"rank {comm.rank}: hybrid", **same, warmup=warmup, residual=residual)
     group = find_group(comm, group_size)
     groups = len(set(comm.allgather(group.allgather(comm.rank)[0])))
     require(
@@ -107,9 +111,7 @@ def global_model(state: PeriodicState, groups: int) -> Vector:
 def find_group(comm: MPI.Intracomm, group_size: int | None) -> MPI.Intracomm:
     """This rank's group: its node, or ``group_size`` consecutive ranks (collective)."""
     if group_size is None:
-        found: Any = getattr(comm, "intra_node", None)
-        require(found is not None, "hybrid: this communicator does not know its nodes: pass an hpccomm.Communicator")
-        return found
+        return comm.intra_node  # type: ignore[attr-defined,no-any-return]
     require(
         isinstance(group_size, int) and group_size >= 1 and comm.size % group_size == 0,
         f"rank {comm.rank}: hybrid: group_size {group_size} does not divide {format_count(comm.size, 'rank')}: pass a "

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.calls.blocks import Amounts
+from hpccomm.calls.blocks import OBJECT_SIGNATURES, Amounts
 from hpccomm.calls.departures import Departure
 from hpccomm.calls.fingerprint import (
     REMEDIES,
@@ -116,6 +116,8 @@ class ConsistencyTable:
         """Compares calls between nodes (:class:`hpccomm.calls.between_nodes.BetweenNodes`), if there are several."""
         self.entered = EnteredCall(self, self.leave, lambda: None)
         """Around the calls that are entered and left by :meth:`enter` or :meth:`begin` and :meth:`leave`."""
+        self.met = 0
+        """The last call of objects in which all ranks have met, while compiled functions are awaited."""
         self._told = 0
         """The last call of which this rank has said that another one refuses it."""
         self._raised: deque[int] = deque(maxlen=CALLS)
@@ -370,8 +372,24 @@ class ConsistencyTable:
             self._words[self._base + HAS_CODE] = self._seq
 
     def all_had_code(self) -> bool:
-        """Whether all members had them on entering this call, which all have entered: the same answer on all."""
-        return all(0 < self._words[k * self._stride + HAS_CODE] <= self._seq for k in range(len(self.members)))
+        """Whether all members had them on entering this call, which all have entered: the same answer on all.
+
+        False in a call of objects, which may have failed on this rank alone: :meth:`all_had_code_in_objects` tells it
+        before the next one.
+        """
+        call = self.find_call(self._base)
+        return self._all_had_code_in(self._seq) and not (call and call.collective in OBJECT_SIGNATURES)
+
+    def all_had_code_in_objects(self) -> bool:
+        """Whether all members had them on entering the last call of objects in which all have met.
+
+        All have left it when this returns; raises as :meth:`settle` does.
+        """
+        self.settle()
+        return self._all_had_code_in(self.met)
+
+    def _all_had_code_in(self, seq: int) -> bool:
+        return all(0 < self._words[k * self._stride + HAS_CODE] <= seq for k in range(len(self.members)))
 
     def compare(self, mine: int, theirs: int, peer: int) -> None:
         """Compare the fingerprints of two different entries of this call; raise if they contradict each other."""

@@ -81,7 +81,7 @@ class Group:
         self.comm, self.rank, self.nodes, self.table, self.wire = comm, rank, nodes, table, wire
         self._parent: Group | None = of[0] if of else None
         self._ranks: Sequence[int] = of[1] if of else ()
-        self._telling = threading.Lock()  # the watchdog and the end of the program
+        self._checking, self._closed = threading.RLock(), False  # the watchdog, the end of the program, and close
         self._since, self._sent = (0, 0.0), list[tuple[MPI.Request, bytes]]()
         self._counts = np.zeros((2, sum(map(len, nodes))), np.int64)
         """``(2, p)`` messages sent to each rank, and received from it."""
@@ -105,15 +105,16 @@ class Group:
 
         Texts of calls that another rank wants to read are written first.
         """
-        if self.table:
-            self.table.write_wanted_texts()
-            self.tell()
-            self._check_deadlock()
+        with self._checking:
+            if self.table and not self._closed:
+                self.table.write_wanted_texts()
+                self.tell()
+                self._check_deadlock()
 
     def tell(self) -> None:
         """Log that another rank has refused a call which this rank has completed, once for each such call."""
-        with self._telling:
-            while refusal := self.table.take_refusal():
+        with self._checking:
+            while not self._closed and (refusal := self.table.take_refusal()):
                 log_line(refusal)
 
     def _check_deadlock(self) -> None:
@@ -200,7 +201,12 @@ class Group:
         return bool(left)
 
     def close(self) -> None:
-        """Leave the watchdog; its communicator is freed (collective)."""
+        """Leave the watchdog; its communicator is freed (collective).
+
+        A check under way ends first: it reads memory that is then unmapped.
+        """
+        with self._checking:
+            self._closed = True
         with _mpi:
             _watchdog.groups.pop(self.comm.number, None)
             wire, self.wire = self.wire, None
@@ -292,6 +298,10 @@ class StallReport(Report):
         if self._end or os.environ.get("HPCCOMM_STALL_ACTION") == "abort":
             abort_all(self._end or f"rank {me} aborts all ranks: HPCCOMM_STALL_ACTION=abort")
 
+    def is_missing(self, state: State) -> bool:
+        """Whether a rank has not entered the call; of one without a number it is known of ranks that are in none."""
+        return state.call < self._event.call if self._event.call > 0 else not state.waits
+
     def order(self, state: State) -> bool:
         """Whether a rank comes last in the list: one that waits as it should."""
         return state.waits and state.call == self._event.call and not state.condition
@@ -300,7 +310,7 @@ class StallReport(Report):
         """Who waits, for how long, and who is missing."""
         event = self._event
         known = {rank: each for rank, each in states.items() if each.text != "on another node"}
-        missing = [rank for rank, each in sorted(known.items()) if each.call < event.call]
+        missing = [rank for rank, each in sorted(known.items()) if self.is_missing(each)]
         silent = [rank for rank, each in sorted(states.items()) if each.condition and rank not in missing]
         parts = [
             f"rank {self.group.rank}: {event} not complete after {(clock() - event.begin) / 1e9:.0f} s",

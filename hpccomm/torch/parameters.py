@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from mpi4py import MPI
 
 from hpccomm.buckets import Bucket
 from hpccomm.communicator import Communicator
@@ -20,9 +21,12 @@ Vector = npt.NDArray[np.float32]
 
 
 def communicator(group: Any = None) -> Communicator:
-    """The communicator of a process group of hpccomm, by default of the default group; without one, of all ranks."""
-    if isinstance(group, Communicator):
-        return group
+    """The communicator of a process group of hpccomm, by default of the default group; without one, of all ranks.
+
+    One of mpi4py's own becomes ours, as in :func:`hpccomm.allreduce`.
+    """
+    if isinstance(group, MPI.Intracomm):
+        return world_communicator(group)
     if group is None and not dist.is_initialized():
         return world_communicator(None)
     found = dist.group.WORLD if group is None else group

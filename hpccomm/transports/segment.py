@@ -66,7 +66,7 @@ GROUP_V2 = ("memory.max", "memory.current", "inactive_file")
 
 def free_in_group(root: str, path: str, limit: str, used: str, cached: str) -> int:
     """The least free memory of a control group and the groups that contain it; file cache counts as free."""
-    least, group = 1 << 62, os.path.normpath(root + path)
+    least, group = 1 << 62, (root + path).rstrip("/")
     while True:
         with suppress(OSError, ValueError):
             most, taken = (int(read_text(f"{group}/{name}")) for name in (limit, used))

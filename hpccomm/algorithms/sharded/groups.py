@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpccomm.algorithms.agreement import as_communicator, check_same_arguments
 from hpccomm.algorithms.sharded.units import Groups, Optimizer, ShardedModel, Units
 from hpccomm.algorithms.transforms import Vector
 from hpccomm.errors import ArgumentError
@@ -38,14 +39,16 @@ def mics(
 ) -> ShardedModel:
     """Model states divided over partition groups of ``partition_size`` ranks, by default a node's (collective).
 
-    ``comm`` must have a layout, as an ``hpccomm.Communicator`` does.  ``hierarchical``: groups of several nodes of
+    ``hierarchical``: groups of several nodes of
     several ranks gather and reduce in two levels.  ``how``: arguments of
     :class:`~hpccomm.algorithms.sharded.units.ShardedModel`.
     """
-    nodes = comm.layout.nodes  # type: ignore[attr-defined]
-    size = ranks_per_node(comm.rank, nodes) if partition_size is None else partition_size
-    nodes_of_group = check_placement(f"rank {comm.rank}", nodes, size)
-    groups = partition_groups(comm, size)
+    ranks = as_communicator("mics", comm)
+    who, nodes = f"rank {ranks.rank}", ranks.layout.nodes
+    size = ranks_per_node(ranks.rank, nodes) if partition_size is None else partition_size
+    check_same_arguments(ranks, f"{who}: mics", partition_size=size, hierarchical=hierarchical)
+    nodes_of_group = check_placement(who, nodes, size)
+    groups = partition_groups(ranks, size)
     if 1 < nodes_of_group < size and hierarchical:
         how.setdefault("algorithm", "hierarchical")
     return ShardedModel(groups, units, optimizer, **how)

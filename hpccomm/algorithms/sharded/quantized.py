@@ -98,13 +98,7 @@ class SecondaryShards:
 
 def make_secondary(partition: Any, sizes: Sequence[int], dtype: np.dtype[Any], library: Any) -> SecondaryShards | None:
     """The secondary shards of a partition group of several nodes; None inside one node (collective)."""
-    layout = getattr(partition, "layout", None)
-    require(
-        layout is not None,
-        "zero: secondary_shard: this communicator does not know its nodes: pass hpccomm.Communicator(comm)",
-    )
-    assert layout is not None
-    return SecondaryShards(partition.intra_node, sizes, dtype, library) if layout.count > 1 else None
+    return SecondaryShards(partition.intra_node, sizes, dtype, library) if partition.layout.count > 1 else None
 
 
 class CodedReduce:

@@ -38,10 +38,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.agreement import check_same_tensors, rows_of, run_collectively
+from hpccomm.algorithms.agreement import (
+    as_communicator,
+    check_same_arguments,
+    check_same_tensors,
+    rows_of,
+    run_collectively,
+)
 from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.fused import InPlaceTransform
-from hpccomm.algorithms.loss_scaling import LossScale
+from hpccomm.algorithms.loss_scaling import LossScale, find_scale
 from hpccomm.algorithms.reports import ExchangeReport
 from hpccomm.algorithms.sharded.call_threads import Buffer, CallThread, GradientBuffers
 from hpccomm.algorithms.sharded.quantized import (
@@ -80,11 +86,12 @@ Optimizer = Transform | Callable[[Bucket, NormReduce | None], Transform]
 """An elementwise transform, or a function that makes one from the bucket of this rank's shards and the reduction that
 completes their norms: ``lambda bucket, reduce: lamb(bucket, 0.01, norm_reduce=reduce)``."""
 NORMS = "pass lambda bucket, reduce: {}, which adds the squares of all shards"
+SCALE_REMEDY = "leave it out, and pass loss_scale= beside the optimizer"
 WHOLE_REMEDIES = {
     "clip": "leave it out, and pass max_norm= beside the optimizer",
     "scale_by_global_norm": NORMS.format('lamb(bucket, lr, grad_norm="clip", norm_reduce=reduce)'),
     "scale_by_trust_ratio": NORMS.format("lamb(bucket, lr, norm_reduce=reduce)"),
-    "scale_loss": "leave it out, and pass loss_scale= beside the optimizer",
+    "scale_loss": SCALE_REMEDY,
 }
 """What to do about transforms that are wrong on shards, by their name in ``Transform.needs_whole``."""
 GRADIENT_BUFFERS = 2
@@ -301,7 +308,9 @@ class ShardedModel:
         self.dtype = self.master.dtype if dtype is None else dtype_of(dtype)
         check_dtypes(self.master.dtype, self.dtype, self.library is not np)
         check_codes(stage, self.dtype, weight_code, gradient_code, secondary_shard)
-        self._check_same_arguments(
+        check_same_arguments(
+            groups.world,
+            self.who,
             stage=stage,
             dtype=str(self.dtype),
             algorithm=algorithm,
@@ -330,22 +339,14 @@ class ShardedModel:
         self._allocate_buffers(whole, overlap, prefetch, algorithm, gradient_code, secondary_shard)
         self._prepare_second_hops(overlap)
 
-    def _check_same_arguments(self, **mine: Any) -> None:
-        """Raise on all ranks unless all passed the same (collective)."""
-        everyone = self.groups.world.allgather(mine)
-        for rank, theirs in enumerate(everyone):
-            for name, one in everyone[0].items():
-                if theirs[name] != one:
-                    raise MismatchError(
-                        f"{self.who}: {name} is {one!r} on rank 0, {theirs[name]!r} on rank {rank}: pass the same on "
-                        "all ranks"
-                    )
-
     def _begin_optimizer(self, optimizer: Optimizer, bucket: Bucket, norms: NormReduce | None) -> tuple[Transform, Any]:
         """The optimizer of this rank's shards, and its state; raises where it may refuse the shards of other ranks."""
         made = optimizer if isinstance(optimizer, Transform) else optimizer(bucket, norms)
         self._check_optimizer(made)
-        return made, made.init(self.master)
+        state = made.init(self.master)
+        skips = "scale_loss in the optimizer never sees an overflow, whose step boundary() skips"
+        require(find_scale(state) is None, f"{skips}: {SCALE_REMEDY}")
+        return made, state
 
     def _check_optimizer(self, optimizer: Transform) -> None:
         """Raise for an optimizer whose step on shards is another one than on the whole model."""
@@ -1049,12 +1050,14 @@ def adamw(
 
 def zero(comm: MPI.Intracomm, units: Units, optimizer: Optimizer, **how: Any) -> ShardedModel:
     """ZeRO: model states sharded over all ranks; ``how``: ``stage=3``, … of :class:`ShardedModel` (collective)."""
-    return ShardedModel(Groups(comm, comm, comm.Split(comm.rank, 0)), units, optimizer, **how)
+    ranks = as_communicator("zero", comm)
+    return ShardedModel(Groups(ranks, ranks, ranks.Split(ranks.rank, 0)), units, optimizer, **how)
 
 
 def data_parallel(comm: MPI.Intracomm, units: Units, optimizer: Optimizer, **how: Any) -> ShardedModel:
     """Every rank holds the whole model; gradients are allreduced once in an optimizer step (collective)."""
-    return ShardedModel(Groups(comm, comm.Split(comm.rank, 0), comm), units, optimizer, **how)
+    ranks = as_communicator("data_parallel", comm)
+    return ShardedModel(Groups(ranks, ranks.Split(ranks.rank, 0), ranks), units, optimizer, **how)
 
 
 def read_units(who: str, units: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:

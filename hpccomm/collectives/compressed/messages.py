@@ -86,6 +86,8 @@ class CountingComm:
     """A communicator that counts the bytes that this rank sends."""
 
     def __init__(self, comm: Comm) -> None:
+        if not (comm and hasattr(comm, "size")):  # a null communicator is false
+            raise ArgumentError(f"{comm!r} is no communicator: pass hpccomm.Communicator(MPI.COMM_WORLD)")
         self.comm, self.rank, self.size, self.bytes_sent = comm, comm.rank, comm.size, 0
         self._private: Comm = getattr(comm, "private_comm", comm)
 
