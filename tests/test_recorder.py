@@ -96,6 +96,17 @@ def test_a_stall_is_reported_once_by_all_ranks_together_and_again_later() -> Non
     check_report(found[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["Split(0, comm.rank)", "Dup()", "Create_cart([3])", "Create(comm.Get_group())"])
+def test_a_rank_that_alone_makes_a_communicator_is_reported(made: str) -> None:
+    wait = "comm = hpccomm.Communicator(MPI.COMM_WORLD)\nif comm.rank == 0: time.sleep(4)\n"
+    status, said = run_job(3, f"{wait}comm.{made}", {"HPCCOMM_STALL_SECONDS": "1"})
+    assert status == 0, said
+    assert re.search(rf"rank [12]: {made.split('(', maxsplit=1)[0]} not complete after .* s; missing: rank 0", said), (
+        said
+    )
+
+
 LEVELS = {
     "inter_node": ("comm.inter_node", "inter-node ranks 1,3 of ranks 0-3", 1),
     "intra_node": ("comm.intra_node", "intra-node ranks 2-3 of ranks 0-3", 1),
