@@ -68,7 +68,10 @@ def measure_shape(shape: harness.Shape, args: argparse.Namespace, mpi: str) -> d
         tuning = Path(args.tables or folder, f"{shape.title.replace(' ', '')}.json").resolve()
         if not args.untuned and not tuning.exists():
             tune = ["hpccomm", "tune", "--collective", "allreduce", "--algorithm", TUNED]
-            done = harness.on_cluster(cluster, shape)([*tune, "--sizes", sizes_to_tune(shape), "--out", str(tuning)])
+            tuned_by = harness.on_cluster(
+                cluster, shape, tree=args.against
+            )  # both versions read a table of the older one
+            done = tuned_by([*tune, "--sizes", sizes_to_tune(shape), "--out", str(tuning)])
             if done.returncode:
                 raise harness.LaunchError(f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
         settings = {} if args.untuned else {"HPCCOMM_TUNING": str(tuning)}

@@ -183,7 +183,7 @@ def halves_of(comm: Any, name: str, rounds: int) -> dict[str, dict[int, list[flo
     found: dict[str, dict[int, list[float]]] = {title: {} for title in ALGORITHM}
     for nbytes in GATHER_BYTES:
         count = nbytes // 4 // comm.size
-        parts = [np.arange(count * comm.size, dtype="f4") % 64 + rank for rank in range(comm.size)]
+        parts = [np.arange(count * comm.size, dtype="f4") % 61 + rank for rank in range(comm.size)]
         total, lo = sum(parts), comm.rank * count
         if name == "gathers":
             given, want = parts[comm.rank][:count].copy(), np.concatenate([part[:count] for part in parts])

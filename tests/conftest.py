@@ -29,7 +29,7 @@ SERIAL_ROWS, MPI_ROWS = 3, 1
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the command-line flag."""
-    parser.addoption("--quick", action="store_true", help="a few rows of each table, without tests marked slow")
+    parser.addoption("--quick", action="store_true", help="a few rows of each table and of a file's slow tests")
 
 
 @pytest.hookimpl(trylast=True)
@@ -60,7 +60,7 @@ def table_of(item: pytest.Item) -> tuple[str, int]:
 
 
 def choose_rows(rows: list[pytest.Item], size: int) -> list[pytest.Item]:
-    """Rows at equal distances, others at another world size; of slow tests the first ``keep``, one of each at first."""
+    """Rows at equal distances, others at another world size."""
     if rows[0].get_closest_marker("slow"):
         return choose_slow(rows)
     step = -(-len(rows) // (MPI_ROWS if size else SERIAL_ROWS))
@@ -68,7 +68,7 @@ def choose_rows(rows: list[pytest.Item], size: int) -> list[pytest.Item]:
 
 
 def choose_slow(rows: list[pytest.Item]) -> list[pytest.Item]:
-    """As many slow tests of a file as one of them keeps, among those that have a number to keep."""
+    """The slow rows of a file that ``--quick`` runs: the largest ``keep``, one of each test before a second of any."""
     keeps = {row: row.get_closest_marker("slow").kwargs.get("keep", 0) for row in rows}
     seen: Counter[str] = Counter()
     turns: dict[pytest.Item, int] = {}

@@ -285,7 +285,9 @@ def test_rows_that_differ_in_bytes_and_times_only_are_one_line(tmp_path: Path) -
 
 
 def test_a_table_can_be_pickled() -> None:
-    assert pickle.loads(pickle.dumps(TABLE)) == TABLE
+    rows, machine = TABLE.rows, load(MPI, "anywhere").machine
+    for table in (TABLE, Table(rows[:2], machine, "a source", "a processor", rows[2:], frozen=True)):
+        assert pickle.loads(pickle.dumps(table)) == table
 
 
 def test_the_package_has_a_default_table() -> None:
@@ -319,6 +321,8 @@ def test_off_means_native_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         {**NATIVE[0]._asdict(), "us": "fast"},
         {**NATIVE[0]._asdict(), "us": 0},
         {**NATIVE[0]._asdict(), "speed": 1},
+        {**NATIVE[0]._asdict(), "nodes": float("nan")},
+        {**NATIVE[0]._asdict(), "bytes": 10**400},
         {**NATIVE[0]._asdict(), "bytes": [8, 64], "us": [1.0]},
         {**NATIVE[0]._asdict(), "bytes": [8, 64], "us": 1.0},
         {**NATIVE[0]._asdict(), "bytes": [8, 64], "us": [1.0, float("nan")]},

@@ -234,6 +234,7 @@ class Bench:
         comm = self.plain if algorithm == "native" and self.options.bare_native else self.comm
         bind = self.case.bind
         by_name = isinstance(bind, MethodCall) and takes_algorithm(getattr(comm, bind.method))
+        # interned as a program's literals are, by which the compiled entry knows them
         named = (sys.intern(algorithm),) if by_name and algorithm != getattr(comm, "algorithm", "") else ()
         return [partial(bind_arrays, bind, comm, shape, named) for shape in exercise.shapes]
 

@@ -13,6 +13,6 @@ def why_no_numba() -> str:
         return "Numba is not installed"
     try:
         import numba  # noqa: F401
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: the library of llvmlite cannot be loaded
         return str(error)
     return ""

@@ -40,7 +40,8 @@ from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import REACH, CostCurve, Point, RoundType, Shape, distance, distance_key, interpolate
 from hpccomm.performance.units import format_time
 
-SCHEMA = 1
+SCHEMA = 2
+"""The version of files that are written; version 1, whose lines are single rows, is read as well."""
 NOISE = 0.95
 """An algorithm replaces native MPI if it takes less than this fraction of its time."""
 CHECKS = 1.0
@@ -357,13 +358,13 @@ def cluster(hostname: str) -> str:
     return slug(name.rstrip("0123456789-_") or name)
 
 
+SLUG_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789.")
+
+
 def slug(text: str) -> str:
     """The text in lower case letters, digits, points and dashes."""
-    words = "".join(each if each in SLUG else " " for each in text.lower()).split()
+    words = "".join(each if each in SLUG_CHARACTERS else " " for each in text.lower()).split()
     return "-".join(words) or "unknown"
-
-
-SLUG = frozenset("abcdefghijklmnopqrstuvwxyz0123456789.")
 
 
 @cache
@@ -382,8 +383,8 @@ def read(path: Path) -> Table:
 def parse(path: Path, changed: int, nbytes: int) -> Table:
     """The table in a file, which is read once for all communicators."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
-        raise ValueError(f"its schema is not {SCHEMA}")
+    if not isinstance(data, Mapping) or data.get("schema") not in (1, SCHEMA):
+        raise ValueError(f"its schema is not 1 or {SCHEMA}")
     rows, first_use = (
         tuple(chain.from_iterable(parse_series(**line) for line in each))
         for each in (data["rows"], data.get("first_use", ()))
@@ -407,9 +408,9 @@ def parse_series(bytes: Any, us: Any, **facts: Any) -> list[Row]:
         raise ValueError(f"{len(sizes)} bytes and {len(times)} us of {facts} must be as many, and one or more")
     if not {*map(type, (row.nodes, row.per_node, *sizes, *times))} <= {int, float} or min(row.nodes, row.per_node) < 1:
         raise ValueError(f"nodes, per_node, bytes and us of {row} must be numbers")
-    right = min(times) > 0 <= min(sizes) and sum(times) + sum(sizes) < MOST  # NaN is less than nothing
-    if not right or max(row.nodes, row.per_node) >= MOST:
-        raise ValueError(f"us of {row} must be above 0, and bytes at least 0")
+    right = all(0 < each < MOST for each in times) and all(0 <= each < MOST for each in sizes)
+    if not right or not max(row.nodes, row.per_node) < MOST:
+        raise ValueError(f"us {times} must be above 0, and bytes {sizes} at least 0, in the rows of {row}")
     return [Row._make((*row[:4], *each, *row[6:])) for each in zip(sizes, times, strict=True)]
 
 

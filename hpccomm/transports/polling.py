@@ -16,7 +16,8 @@ SHORTEST_SECONDS, LONGEST_SECONDS = 5e-5, 1e-3
 EAGER_SECONDS = 1e-3
 """How long a wait for a request polls before it sleeps between two polls."""
 CHECK_SECONDS = 0.05
-"""Seconds between two checks whether a wait can end: the watchdog ends the job where nobody looks."""
+"""Seconds between two calls of ``check``: short, so that a waiting rank raises its error before the watchdog ends the
+job."""
 
 
 def pause(began: float, eager: float, share: int) -> None:
