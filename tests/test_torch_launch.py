@@ -56,9 +56,16 @@ def test_one_rank_is_a_group_as_well(tmp_path: Path, entry_point: dict[str, str]
     assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
 
 
-LATE = (
-    "import time\nfrom datetime import timedelta\n"
-    "group = dist.new_group(timeout=timedelta(seconds=1))\ndist.barrier()\n"
+LATE = "dist.barrier()\ngroup.set_timeout(timedelta(seconds=1))\ntime.sleep(9 * dist.get_rank())\n"
+LATE_RANK = f"import time\nfrom datetime import timedelta\ngroup = dist.new_group()\n{LATE}"
+LONG_LIMIT = "import hpccomm.torch.group\nhpccomm.torch.group.DEFAULT_TIMEOUT = timedelta(0)  # half an hour\n"
+EXCHANGE = (
+    "from hpccomm.progress import submit\nfrom hpccomm.torch.parameters import communicator\n"
+    "exchange = submit(communicator(group), lambda channel: channel.Barrier(), 'an exchange')\n"
+)
+DDP = (
+    "import time\nfrom datetime import timedelta\ngroup = dist.new_group()\n"
+    "ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4), process_group=group)\n"
 )
 MISTAKES = {
     "operation": (
@@ -90,38 +97,38 @@ MISTAKES = {
         ("rank 0: recv of 12 bytes (3 torch.float32) from rank 1: the other rank has left the program",),
     ),
     "a missing rank": (
-        "from datetime import timedelta\n"
-        "group = dist.new_group(timeout=timedelta(seconds=1))\n"
-        "import time\n"
-        "time.sleep(9 * dist.get_rank())\n"
-        "dist.all_reduce(torch.ones(8), group=group)",
+        f"{LATE_RANK}dist.all_reduce(torch.ones(8), group=group)",
         ("all_reduce timed out after 1 s: missing ranks: 1",),
     ),
     "a missing rank under DDP": (
-        f"{LATE}ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4), process_group=group)\n"
-        "time.sleep(9 * dist.get_rank())\nddp(torch.ones(2, 4)).sum().backward()",
+        f"{DDP}{LATE}ddp(torch.ones(2, 4)).sum().backward()",
         ("all_reduce timed out after 1 s: missing ranks: 1", "program.py"),
     ),
     "a missing rank of a future": (
-        f"{LATE}time.sleep(9 * dist.get_rank())\n"
-        "dist.all_reduce(torch.ones(8), group=group, async_op=True).get_future().wait()",
+        f"{LATE_RANK}dist.all_reduce(torch.ones(8), group=group, async_op=True).get_future().wait()",
         ("all_reduce timed out after 1 s: missing ranks: 1",),
     ),
     "a missing rank with a long limit": (
-        f"{LATE}import hpccomm.torch.group\nhpccomm.torch.group.DEFAULT_TIMEOUT = timedelta(0)  # half an hour\n"
-        "time.sleep(9 * dist.get_rank())\ndist.all_reduce(torch.ones(8), group=group)",
+        f"{LATE_RANK}{LONG_LIMIT}dist.all_reduce(torch.ones(8), group=group)",
         ("missing: rank 1", "rank 0 aborts all ranks: Allreduce", "timed out after 1 s"),
     ),
     "a missing rank with a long limit of a call with a root": (
-        f"{LATE}import hpccomm.torch.group\nhpccomm.torch.group.DEFAULT_TIMEOUT = timedelta(0)\n"
-        "time.sleep(9 * dist.get_rank())\ndist.broadcast(torch.ones(8), 0, group=group)",
+        f"{LATE_RANK}{LONG_LIMIT}dist.broadcast(torch.ones(8), 0, group=group)",
         ("missing: rank 1", "rank 0 aborts all ranks: broadcast", "timed out after 1 s"),
     ),
     "a missing rank in an exchange of hpccomm": (
-        f"{LATE}import hpccomm\nfrom hpccomm.torch import compress\n"
-        "ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4), process_group=group)\n"
-        "compress(ddp, hpccomm.gtc)\ntime.sleep(9 * dist.get_rank())\nddp(torch.ones(2, 4)).sum().backward()",
+        f"{DDP}import hpccomm\nfrom hpccomm.torch import compress\ncompress(ddp, hpccomm.gtc)\n"
+        f"{LATE}ddp(torch.ones(2, 4)).sum().backward()",
         ("missing: rank 1", "rank 0 aborts all ranks: bucket 0 of 1", "timed out after 1 s"),
+    ),
+    "a missing rank in an exchange before an asynchronous call": (
+        f"{LATE_RANK}{EXCHANGE}dist.all_reduce(torch.ones(8), group=group, async_op=True)\nexchange.wait()",
+        ("missing: rank 1", "rank 0 aborts all ranks: an exchange", "timed out after 1 s"),
+    ),
+    "a missing rank of a call behind an exchange": (
+        f"{LATE_RANK}group.set_timeout(timedelta(hours=1))\n{EXCHANGE}"
+        "dist.barrier(group=group, timeout=timedelta(seconds=1))",
+        ("barrier timed out after 1 s: missing ranks: ",),
     ),
     "another call between those of DDP": (
         "ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))\n"
@@ -163,6 +170,82 @@ dist.init_process_group("hpccomm", init_method="mpi://", timeout=timedelta(secon
     done = run_under_mpi(3, program, timeout=100, environ=entry_point)
     assert done.returncode != 0
     assert f"init_process_group timed out after 1 s, missing: rank {late}" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 2])
+def test_ranks_that_do_not_make_the_default_group_end_under_plain_python(
+    late: int, tmp_path: Path, entry_point: dict[str, str]
+) -> None:
+    program = write(
+        tmp_path,
+        f"""
+import time
+from datetime import timedelta
+from mpi4py import MPI
+if MPI.COMM_WORLD.rank == {late}:
+    time.sleep(30)
+dist.init_process_group("hpccomm", timeout=timedelta(seconds=1))
+""",
+    )
+    done = run_under_mpi(3, "env", sys.executable, program, timeout=60, environ=entry_point)  # without -m mpi4py
+    assert done.returncode != 0
+    assert f"init_process_group timed out after 1 s, missing: rank {late}" in done.stderr, done.stderr
+    assert "aborts all ranks" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_rank_may_come_to_the_default_group_again(late: int, tmp_path: Path, entry_point: dict[str, str]) -> None:
+    program = write(
+        tmp_path,
+        f"""
+import time
+from datetime import timedelta
+from mpi4py import MPI
+if MPI.COMM_WORLD.rank == {late}:
+    time.sleep(4)
+attempts = 1
+while True:
+    try:
+        dist.init_process_group("hpccomm", init_method="mpi://", timeout=timedelta(seconds=1))
+        break
+    except RuntimeError as error:
+        assert "init_process_group timed out after 1 s" in str(error)
+        attempts += 1
+dist.barrier(dist.new_group())
+sys.stdout.write(f"again {{attempts > 1}}\\n")
+""",
+    )
+    done = run_under_mpi(3, program, timeout=100, environ=entry_point)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("again True") >= 2
+
+
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize("progress", ["on", "off"])
+def test_a_call_may_have_a_longer_time_limit_than_its_group(
+    progress: str, tmp_path: Path, entry_point: dict[str, str]
+) -> None:
+    program = write(
+        tmp_path,
+        f"""
+import time
+from datetime import timedelta
+dist.init_process_group("hpccomm")
+group = dist.new_group()
+{LONG_LIMIT}
+dist.barrier()
+group.set_timeout(timedelta(seconds=1))
+time.sleep(3 * dist.get_rank())
+dist.barrier(group=group, timeout=timedelta(hours=2))
+group.set_timeout(timedelta(hours=1))
+dist.barrier()
+sys.stdout.write("complete\\n")
+""",
+    )
+    done = run_under_mpi(2, program, timeout=100, environ={**entry_point, "HPCCOMM_PROGRESS": progress})
+    check_lines(done, ["complete"] * 2)
 
 
 @pytest.mark.slow

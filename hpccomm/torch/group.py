@@ -18,6 +18,7 @@ from mpi4py import MPI
 
 from hpccomm.calls.watchdog import FREE_SECONDS, limit_calls
 from hpccomm.errors import ArgumentError
+from hpccomm.observe.flight_recorder import clock, recorder
 from hpccomm.torch import members
 from hpccomm.torch.collectives import Collectives
 from hpccomm.torch.messages import Message, receive, send
@@ -26,8 +27,9 @@ from hpccomm.torch.tensors import Tensor
 from hpccomm.torch.works import DONE, NO_LIMIT, CallQueue, Work, complete_first
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
-"""Torch's default.  Synchronous calls with a shorter limit run on the group's thread as well, so that they can raise;
-with this or a longer one they run in their caller's thread, and the watchdog aborts all ranks after the limit."""
+"""Torch's default.  Synchronous calls of a group with a shorter limit, and calls with a limit of their own, run on the
+group's thread as well, so that they can raise.  The others run in their caller's thread; the watchdog aborts all ranks
+after the group's limit."""
 
 
 TensorOrTensors: TypeAlias = Any
@@ -61,8 +63,7 @@ def make_group(given: Any, options: Any = None) -> Group:
     """The process group for torch's ``DistributedBackendOptions`` (collective over its ranks)."""
     if options is not None and not isinstance(options, Options):
         raise ArgumentError(f"pg_options is {options!r}: pass hpccomm.torch.Options")
-    store = members.separate_store(given)
-    comm, inherited = members.create(given, store)
+    comm, store, inherited = members.create(given)
     complete_first()
     return Group(given, comm, store, options or inherited or Options())
 
@@ -131,9 +132,20 @@ class Group(dist.ProcessGroup):
         return self._run("coalesced calls", None, lambda on: None, [])
 
     def _check_time(self, seconds: float) -> float | None:
-        """The limit, if a call of the program's own thread, or of a method, has taken longer: ``seconds``."""
-        raises, limit = self._calls.expire(), self.timeout.total_seconds()
-        return limit if not raises and 0 < limit < seconds else None
+        """The limit, if a call that cannot raise, or an exchange of a method, has taken longer.
+
+        The oldest call of the communicator has taken ``seconds``.
+        """
+        raises = self._calls.expire()
+        limit = (self._calls.limit_here or self.timeout).total_seconds()
+        if not 0 < limit < seconds or (raises and self._exchange_seconds() < limit):
+            return None
+        return limit
+
+    def _exchange_seconds(self) -> float:
+        """How long the progress thread has been in an exchange on this group; 0 if it is in none."""
+        begins = [each.begin for each in recorder().ring.running() if each.comm == -self._number]
+        return (clock() - min(begins)) / 1e9 if begins else 0.0
 
     def shutdown(self) -> None:
         """End the threads, and free the communicator once all calls have ended and all ranks have come here."""
@@ -165,7 +177,7 @@ class Group(dist.ProcessGroup):
         given = options if isinstance(options, timedelta) else timeout or getattr(options, "timeout", None)
         own = given or NO_LIMIT
         limit = own if own > NO_LIMIT else self.timeout
-        raises = NO_LIMIT < limit < DEFAULT_TIMEOUT
+        raises = own > NO_LIMIT or NO_LIMIT < limit < DEFAULT_TIMEOUT
         if not (asynchronous or raises) and self._calls.enter():
             try:
                 body(self._collectives)

@@ -16,8 +16,9 @@ from mpi4py import MPI
 from hpccomm import launcher
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.calls.watchdog import FREE_SECONDS
-from hpccomm.communicator import Communicator
+from hpccomm.communicator import Communicator, install_abort_hook
 from hpccomm.errors import LaunchError, MismatchError
+from hpccomm.torch.meeting import await_ranks
 from hpccomm.torch.options import Options
 from hpccomm.transports.polling import await_request
 
@@ -45,11 +46,16 @@ def separate_store(given: Any) -> Any:
     return dist.PrefixStore(f"{_made['']}/{_made[name]}", given.store)
 
 
-def create(given: Any, store: Any) -> tuple[Communicator, Options | None]:
-    """A communicator of the group's ranks in torch's order, and the options of the default group (collective)."""
+def create(given: Any) -> tuple[Communicator, Any, Options | None]:
+    """A communicator of the group's ranks in torch's order, its store, and the options of the default group.
+
+    Collective.
+    """
     ranks = given.global_ranks_in_group
     if not ranks:
-        return create_default(given.group_rank, given.group_size, store, given.timeout.total_seconds()), None
+        comm = create_default(given.group_rank, given.group_size, given.timeout.total_seconds())
+        return comm, separate_store(given), None
+    store = separate_store(given)
     await_members(store, ranks, dist.get_rank(), given.timeout.total_seconds())
     world = _base["world"]
     everyone = world.Get_group()
@@ -58,13 +64,10 @@ def create(given: Any, store: Any) -> tuple[Communicator, Options | None]:
     group.Free()
     everyone.Free()
     comm.context  # noqa: B018  makes it now, while all ranks are here
-    return comm, _base["options"]
+    return comm, store, _base["options"]
 
 
-NEW_GROUP = "new_group"
-
-
-def await_members(store: Any, ranks: list[int], me: int, limit: float, maker: str = NEW_GROUP) -> None:
+def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
     """Wait in torch's store until all ranks make this group; raise MismatchError if one cannot, or names other ranks.
 
     MPI, which makes the communicator, would wait for ever.
@@ -72,16 +75,16 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float, maker: st
     store.set(f"member {me}", ",".join(map(str, ranks)))
     keys, began = [f"member {rank}" for rank in ranks], time.monotonic()
     who = f"rank {me}: the group of {format_ranks(ranks)}"
-    call = f"{maker} with the same ranks, in the same order" if maker == NEW_GROUP else maker
-    remedy = f"make all ranks call {call}"
+    remedy = "make all ranks call new_group with the same ranks, in the same order"
     while not store.check(keys):
-        waited = time.monotonic() - began
-        missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
-        gone = [rank for rank in (find_left(_base["comm"]) if maker == NEW_GROUP else []) if rank in missing]
-        if gone:
-            raise MismatchError(f"{who} cannot be made, {format_ranks(gone)} left the program before: {remedy}")
-        if missing and waited > limit:
-            raise MismatchError(f"{who} was not made in {limit:g} s, missing: {format_ranks(missing)}: {remedy}")
+        waited, left = time.monotonic() - began, set(find_left(_base["comm"])) & set(ranks)
+        if left or waited > limit:
+            missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
+            gone = [rank for rank in missing if rank in left]
+            if gone:
+                raise MismatchError(f"{who} cannot be made, {format_ranks(gone)} left the program before: {remedy}")
+            if missing and waited > limit:
+                raise MismatchError(f"{who} was not made in {limit:g} s, missing: {format_ranks(missing)}: {remedy}")
         time.sleep(min(MEETING_SECONDS, waited))
     named = {rank: store.get(key).decode() for rank, key in zip(ranks, keys, strict=True)}
     other = next((rank for rank in ranks if named[rank] != named[me]), None)
@@ -91,20 +94,22 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float, maker: st
 
 def find_left(comm: Any) -> list[int]:
     """The ranks of this node that have left the program."""
-    table = comm.context.consistency
+    table = comm._own_context.consistency
     return table.left_ranks() if table else []
 
 
-def create_default(rank: int, size: int, store: Any, limit: float) -> Communicator:
+def create_default(rank: int, size: int, limit: float) -> Communicator:
     """The communicator of the default group."""
+    install_abort_hook()
     launcher.check_world(MPI.COMM_WORLD.size, os.environ)
     if size != MPI.COMM_WORLD.size:
         raise LaunchError(
             f"torch was told that there are {size} ranks, MPI has started {MPI.COMM_WORLD.size}: start the program "
             f"with hpccomm-run -n {size}, or leave out RANK and WORLD_SIZE"
         )
-    await_members(store, list(range(size)), rank, limit, "init_process_group")
-    world = MPI.Intracomm(MPI.COMM_WORLD).Split(0, rank)
+    everyone = MPI.Intracomm(MPI.COMM_WORLD)
+    await_ranks(everyone, limit)
+    world = everyone.Split(0, rank)
     if "world" in _base:
         _base.pop("world").Free()
     _base["world"] = world
@@ -121,7 +126,7 @@ def remember(group: Any, ranks: list[int]) -> None:
 
 def find_missing(comm: Any) -> list[int]:
     """The ranks of this node that have not entered the call that this rank is in."""
-    context = comm.context
+    context = comm._own_context  # also while calls are under way, for which the property would wait
     table, memory = context.consistency, context.shared_memory
     found = table.missing_ranks() if table else []
     if not found and memory and table:  # calls in shared memory have no entry in the table

@@ -15,7 +15,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ class Work(dist.Work):
         limit: timedelta = NO_LIMIT,
     ) -> None:
         super().__init__()
-        self.name, self._limit, self._began = name, limit, time.monotonic()
+        self.name, self.limit, self._began = name, limit, time.monotonic()
         self._body: Callable[[], None] | None = body
         self._results, self._missing = results, missing
         self._error: BaseException | None = None
@@ -97,11 +96,15 @@ class Work(dist.Work):
         """Set the future, which runs its callbacks."""
         future.set_result(self._error)
 
+    def fail_future(self) -> None:
+        """Let the future fail, which runs its callbacks, after :meth:`expire`."""
+        self._begin_future.set_result(self._time_out(self.limit.total_seconds()))
+
     def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
         """Wait for the call and raise its error; after ``timeout``, or the call's limit, raise MismatchError."""
         if self._complete and self._error is None:
             return True
-        seconds = (timeout or self._limit).total_seconds()
+        seconds = (timeout or self.limit).total_seconds()
         if not self.sleep(seconds if seconds > 0 else None):
             raise self._time_out(seconds)
         if self._error is not None:
@@ -112,17 +115,15 @@ class Work(dist.Work):
         """The error of a call that takes too long."""
         return MismatchError(f"{self.name} timed out after {seconds:g} s: {self._missing()}")
 
-    def expire(self) -> None:
-        """Let the future fail if the call has taken longer than its limit; ``wait`` raises by itself."""
-        seconds = self._limit.total_seconds()
-        if not 0 < seconds < time.monotonic() - self._began:
-            return
+    def expire(self) -> bool:
+        """Whether the future is to fail now, as the call has taken longer than its limit; ``wait`` raises by itself."""
+        if not 0 < self.limit.total_seconds() < time.monotonic() - self._began:
+            return False
         with self._lock:
             if self._complete or self._expired or self._future is None:
-                return
-            self._expired, future = True, self._begin_future
-        fail = partial(future.set_result, self._time_out(seconds))
-        threading.Thread(target=fail, name="hpccomm-future", daemon=True).start()  # callbacks may make calls
+                return False
+            self._expired = True
+        return True
 
     def sleep(self, seconds: float | None) -> bool:
         """Sleep until the call has ended, at most for some seconds; returns whether it has."""
@@ -208,7 +209,10 @@ class CallQueue:
         self._running, self._lock = threading.Lock(), threading.Lock()
         self._calls: deque[Work] = deque()
         """The calls that have not ended; a thread runs the first one."""
-        self._served = False
+        self._served = self._runs = False
+        """Whether a thread serves the queue, and whether it is in a call."""
+        self.limit_here = NO_LIMIT
+        """The limit of the call that :meth:`run` runs."""
         self._wake, self._idle, self._busy, self._leaving = threading.Semaphore(0), 0, 0, 0
         self._closed = False
         _queues.add(self)
@@ -232,8 +236,10 @@ class CallQueue:
             self.put(work)
             return
         try:
+            self.limit_here = work.limit
             future = work.run()
         finally:
+            self.limit_here = NO_LIMIT
             self.leave()
         if future is not None:
             work.set_future(future)
@@ -291,7 +297,11 @@ class CallQueue:
                     return
                 work = self._calls[0]
             with self._running:
-                future = work.run()
+                self._runs = True
+                try:
+                    future = work.run()
+                finally:
+                    self._runs = False
             with self._lock:
                 self._calls.popleft()
                 if future is not None:
@@ -301,12 +311,21 @@ class CallQueue:
         work.set_future(future)
 
     def expire(self) -> bool:
-        """Let futures of calls that have taken too long fail; returns whether the queue has calls, which may raise."""
+        """Let futures of calls that have taken too long fail; returns whether one of the queue's calls runs."""
         with self._lock:
-            calls = list(self._calls)
-        for each in calls:
-            each.expire()
-        return bool(calls)
+            late = [each for each in self._calls if each.expire()]
+            self._busy += len(late)
+        for each in late:  # callbacks may make calls
+            threading.Thread(target=self._fail, args=[each], name="hpccomm-future", daemon=True).start()
+        return self._runs
+
+    def _fail(self, work: Work) -> None:
+        """A thread: it lets the future of a call fail."""
+        try:
+            work.fail_future()
+        finally:
+            with self._lock:
+                self._busy -= 1
 
     def settle(self, until: float) -> bool:
         """Wait until no thread runs a call or callbacks of a future; returns whether none does.
