@@ -22,7 +22,7 @@ def as_communicator(who: str, comm: Any) -> Any:
 
     Others that have a rank and a size are taken as they are; raises for anything else.
     """
-    mpi = sys.modules.get("mpi4py.MPI")
+    mpi: Any = sys.modules.get("mpi4py.MPI")
     mpis = mpi is not None and isinstance(comm, mpi.Comm)
     if mpis and isinstance(comm, mpi.Intracomm) and comm != mpi.COMM_NULL:
         from hpccomm.functional import communicator
