@@ -50,14 +50,23 @@ if TYPE_CHECKING:
 
 IN_PLACE = MPI.IN_PLACE
 PICKLES = ("mpi4py", "auto")
+MADE_BY_ALL = (
+    *("Dup", "Clone", "Dup_with_info", "Split", "Split_type", "Create"),
+    *("Create_cart", "Create_graph", "Create_dist_graph", "Create_dist_graph_adjacent"),
+)
+"""Methods that make a communicator in which no rank may wait for long; a server waits in Accept as long as it must."""
 
 
 def keep_ours(native: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of mpi4py that makes a communicator; the communicator is then one of ours."""
+    """A method of mpi4py that makes a communicator; the communicator is then one of ours.
+
+    One that all ranks call is recorded, so that the watchdog reports which of them are missing.
+    """
+    recorded = native.__name__ in MADE_BY_ALL
 
     @wraps(native)
     def method(self: Communicator | Intercomm, *args: Any, **named: Any) -> Any:
-        context = getattr(self, "_context", None)  # the watchdog reports a rank that waits for the others
+        context = getattr(self, "_context", None) if recorded else None
         with nullcontext() if context is None else context.call(native.__name__, inside=True):
             return adopt(native(self, *args, **named), self)
 

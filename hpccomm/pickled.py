@@ -95,7 +95,7 @@ def compare_objects(name: str) -> Any:
             self._prepare(name)
         fingerprint, meets = describe_objects(name, form, op, root), form.synchronises or planner.in_lockstep
         waits = table is not None and form.synchronises and context.awaits_code
-        if waits and table.all_had_code_in_objects():  # not at the end of that call, in which a rank may fail alone
+        if waits and table.all_had_code_in_objects():  # before this call, in which a rank may fail alone
             context.run_together(fingerprint, planner.use_code)
         try:
             planner.guard(fingerprint, lambda: results.append(run(self, root, args, named)), meets)()

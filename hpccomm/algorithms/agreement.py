@@ -22,15 +22,13 @@ def as_communicator(who: str, comm: Any) -> Any:
 
     Others that have a rank and a size are taken as they are; raises for anything else.
     """
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and isinstance(comm, mpi.Comm):
+    mpi: Any = sys.modules.get("mpi4py.MPI")
+    mpis = mpi is not None and isinstance(comm, mpi.Comm)
+    if mpis and isinstance(comm, mpi.Intracomm) and comm != mpi.COMM_NULL:
         from hpccomm.functional import communicator
 
-        try:
-            return communicator(comm)
-        except ArgumentError as error:
-            raise ArgumentError(f"{who}: {error}") from None
-    if not (hasattr(comm, "rank") and hasattr(comm, "size")):
+        return communicator(comm)
+    if mpis or not (hasattr(comm, "rank") and hasattr(comm, "size")):
         raise ArgumentError(f"{who}: {comm!r} is no communicator: pass hpccomm.Communicator(MPI.COMM_WORLD)")
     return comm
 

@@ -4,7 +4,8 @@
 (:mod:`hpccomm.observe.flight_recorder`).*  A call that takes longer than ``HPCCOMM_STALL_SECONDS`` gives one report, by
 the first rank that waits in it: who waits in which call, who is missing, and where the Python stacks of all ranks
 stand; again after twice the time, and so on.  Ranks of other nodes are asked by messages on a communicator of their
-own, where a thread may call MPI beside the program; nothing waits for an answer.
+own, where a thread may call MPI beside the program; nothing waits for an answer.  A call beyond a limit of its
+communicator is reported, then all ranks are aborted.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from mpi4py import MPI
 
 from hpccomm.calls.departures import Launchers
 from hpccomm.calls.fingerprint import format_ranks
+from hpccomm.errors import HpccommError
 from hpccomm.observe.flight_recorder import INQUIRED, REPORTED, Comm, Event, Inquiry, State, clock, open_ring, recorder
 from hpccomm.transports.polling import LONGEST_SECONDS, await_request
 
@@ -292,14 +294,15 @@ class StallReport(Report):
         first = min((rank for rank, each in states.items() if each.waits and each.call == event.call), default=me)
         awake = states[first].stacks is not None
         elsewhere = first < me and awake and first not in self.group.processes and event.call > 0
-        if elsewhere and not self._end:
+        over = self._end and not any(each.begin == event.begin for each in recorder().ring.running())
+        if elsewhere or over:
             return
         log_line("\n".join((self.summary(states), *list_states(states, self.order))))
         if self._end or os.environ.get("HPCCOMM_STALL_ACTION") == "abort":
             abort_all(self._end or f"rank {me} aborts all ranks: HPCCOMM_STALL_ACTION=abort")
 
     def is_missing(self, state: State) -> bool:
-        """Whether a rank has not entered the call; of one without a number it is known of ranks that are in none."""
+        """Whether a rank has not entered the call; one without a number is missed by ranks that are in no call."""
         return state.call < self._event.call if self._event.call > 0 else not state.waits
 
     def order(self, state: State) -> bool:
@@ -355,6 +358,8 @@ class Watchdog:
         self.calls_mpi = True
         """False as soon as MPI ends."""
         self.limits: dict[int, CheckTime] = {}
+        self._ending = set[int]()
+        """When the running calls began that are beyond their limit and have a report."""
         """What tells whether a running call takes too long, by communicator."""
         self._reports: list[Report] = []
         self._reported: dict[tuple[int, int], int] = {}
@@ -410,19 +415,24 @@ class Watchdog:
                 self._reports.append(NodesReport(group, wanted))
 
     def _check_limits(self) -> None:
-        """Begin the report of a call that has taken too long, at whose end all ranks are aborted."""
+        """Begin the report of a call that has taken too long, at whose end all ranks are aborted.
+
+        The first rank of a node that waits in it makes the report.
+        """
         now, running = clock(), recorder().ring.running()
+        self._ending &= {each.begin for each in running}
         for number, check in list(self.limits.items()):
-            calls = [each for each in running if abs(each.comm) == number]
-            limit = check((now - calls[0].begin) / 1e9 if calls else 0.0)
-            if limit is None:
+            calls, limit = [each for each in running if abs(each.comm) == number], None
+            with contextlib.suppress(HpccommError, ValueError):  # another thread frees the communicator
+                limit = check((now - calls[0].begin) / 1e9 if calls else 0.0)
+            if limit is None or calls[0].begin in self._ending:
                 continue
-            del self.limits[number]
             reason = f"rank {recorder().ring.head['rank'][0]} aborts all ranks: {calls[0]} timed out after {limit:g} s"
             group = self.groups.get(number)
             if group is None:
                 abort_all(reason)
-            else:
+            elif group.is_first(calls[0]):
+                self._ending.add(calls[0].begin)
                 self._reports.append(StallReport(group, calls[0], reason))
 
     def end(self) -> None:

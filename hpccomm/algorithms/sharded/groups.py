@@ -39,8 +39,7 @@ def mics(
 ) -> ShardedModel:
     """Model states divided over partition groups of ``partition_size`` ranks, by default a node's (collective).
 
-    ``hierarchical``: groups of several nodes of
-    several ranks gather and reduce in two levels.  ``how``: arguments of
+    ``hierarchical``: groups of several nodes of several ranks gather and reduce in two levels.  ``how``: arguments of
     :class:`~hpccomm.algorithms.sharded.units.ShardedModel`.
     """
     ranks = as_communicator("mics", comm)
