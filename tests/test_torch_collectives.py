@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial, reduce
+from threading import Event
 from typing import Any
 
 import pytest
@@ -728,7 +729,9 @@ def test_a_call_with_a_time_limit_ends_on_the_ranks_that_wait(name: str) -> None
 @pytest.mark.mpi(sizes=(2, 3))
 @pytest.mark.parametrize("name", ["all_reduce", "asynchronous all_reduce", "recv"])
 def test_the_time_limit_of_a_group_ends_each_of_its_calls(name: str) -> None:
-    group, last = dist.new_group(timeout=LIMIT), dist.get_world_size() - 1
+    group, last = dist.new_group(), dist.get_world_size() - 1
+    dist.barrier()
+    group.set_timeout(LIMIT)
     x, late = torch.ones(4), dist.get_rank() == last
     calls = {
         "all_reduce": lambda: dist.all_reduce(x, group=group),
@@ -748,6 +751,24 @@ def test_the_time_limit_of_a_group_ends_each_of_its_calls(name: str) -> None:
         calls[name]()
     dist.barrier()
     dist.destroy_process_group(group)
+
+
+def test_the_end_waits_for_callbacks_of_a_future_beyond_its_time_limit() -> None:
+    from hpccomm.torch.works import CallQueue, Work
+
+    queue, ends, continues = CallQueue(), Event(), Event()
+    work = Work("a call", ends.wait, [], lambda: "missing ranks: unknown", timedelta(milliseconds=1))
+    work.get_future().then(lambda future: continues.wait())
+    queue.put(work)
+    until = time.monotonic() + 60
+    while not work._expired and time.monotonic() < until:
+        queue.expire()
+    ends.set()
+    assert work.sleep(60)
+    assert not queue.settle(time.monotonic() + 0.1)
+    continues.set()
+    assert queue.settle(until)
+    queue.close()
 
 
 def test_monitored_barrier_names_missing_ranks() -> None:
