@@ -38,7 +38,8 @@ def check_same_arguments(comm: Any, who: str, **mine: Any) -> None:
     everyone = comm.allgather(mine)
     for rank, theirs in enumerate(everyone):
         for name, one in everyone[0].items():
-            if theirs[name] != one:
+            same = theirs[name] == one or repr(theirs[name]) == repr(one)  # NaN, which all ranks refuse later
+            if not same:
                 raise MismatchError(
                     f"{who}: {name} is {one!r} on rank 0, {theirs[name]!r} on rank {rank}: pass the same on all ranks"
                 )
