@@ -43,7 +43,7 @@ def compute_in_python(steps: int) -> None:
 COMPUTATIONS = {"numpy": partial(harness.take_roots, 20_000), "python": compute_in_python}
 
 
-def measure() -> list[dict[str, Any]]:
+def measure(turns: int = TURNS) -> list[dict[str, Any]]:
     """One launch (collective): a row for each computation, and ours and native MPI."""
     from mpi4py import MPI
 
@@ -55,15 +55,15 @@ def measure() -> list[dict[str, Any]]:
     rows = []
     for kind, compute in COMPUTATIONS.items():
         for name, call in calls.items():
-            alone = measure_turns(world, {"call": lambda call=call: call(x, y).Wait()})["call"]
-            work = measure_work(world, lambda call=call: call(x, y).Wait())
+            alone = measure_turns(world, {"call": lambda call=call: call(x, y).Wait()}, turns)["call"]
+            work = measure_work(world, lambda call=call: call(x, y).Wait(), turns)
             steps = steps_of(world, compute, alone)
             runs = {
                 "call": lambda call=call: call(x, y).Wait(),
                 "computation": lambda steps=steps, compute=compute: compute(steps),
                 "both": lambda call=call, steps=steps, compute=compute: overlap(call(x, y), compute, steps),
             }
-            rows.append({"compute": kind, "by": name, "work": work, **measure_turns(world, runs)})
+            rows.append({"compute": kind, "by": name, "work": work, **measure_turns(world, runs, turns)})
             assert (y == world.size).all()
     return rows
 
@@ -74,34 +74,36 @@ def overlap(request: Any, compute: Callable[[int], None], steps: int) -> None:
     request.Wait()
 
 
-def measure_turns(world: Any, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+def measure_turns(world: Any, runs: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
     """The median seconds of each, of the slowest rank in each turn (collective)."""
-    turns = {name: partial(harness.time_collective, world, run) for name, run in runs.items()}
-    return {name: median(times) for name, times in harness.take_turns(turns, TURNS).items()}
+    timed = {name: partial(harness.time_collective, world, run) for name, run in runs.items()}
+    return {name: median(times) for name, times in harness.take_turns(timed, turns).items()}
 
 
-def measure_work(world: Any, call: Callable[[], object]) -> float:
+def measure_work(world: Any, call: Callable[[], object], turns: int) -> float:
     """Seconds for which a call keeps every core of the machine busy, on the average (collective)."""
     world.Barrier()
     before = harness.busy_seconds()
-    for _ in range(TURNS):
+    for _ in range(turns):
         call()
     world.Barrier()
-    return (harness.busy_seconds() - before) / TURNS / (os.cpu_count() or 1)
+    return (harness.busy_seconds() - before) / turns / (os.cpu_count() or 1)
 
 
 def steps_of(world: Any, compute: Callable[[int], None], seconds: float) -> int:
     """Steps of a computation that takes so long where all ranks compute at a time (collective)."""
     steps = 1000
-    took = measure_turns(world, {"trial": lambda: compute(steps)})["trial"]
+    took = measure_turns(world, {"trial": lambda: compute(steps)}, TURNS)["trial"]
     return max(1, int(steps * seconds / took))
 
 
-def measure_shape(shape: harness.Shape, rounds: int) -> dict[str, Any]:
+def measure_shape(shape: harness.Shape, rounds: int, turns: int) -> dict[str, Any]:
     """All launches on one cluster."""
     with Cluster(shape.nodes, shape.rate) as cluster:
         run = harness.on_cluster(cluster, shape)
-        launches = [harness.launch(run, ["-m", "benchmarks.overlap"], "--work") for _ in range(rounds)]
+        launches = [
+            harness.launch(run, ["-m", "benchmarks.overlap", "--turns", str(turns)], "--work") for _ in range(rounds)
+        ]
     return {**shape._asdict(), "launches": launches}
 
 
@@ -133,15 +135,16 @@ def main() -> int:
     """Launch, write, print; inside a launch, measure."""
     parser = harness.parser("overlap", __doc__, rounds=5, file="overlap-{mpi}.json")
     harness.add_shapes(parser, SHAPES)
+    parser.add_argument("--turns", type=int, default=TURNS, help=f"turns of a launch (default {TURNS})")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = harness.parse(parser)
     if args.work:
-        harness.write_on_rank0(args.work, measure())
+        harness.write_on_rank0(args.work, measure(args.turns))
         return 0
     file = harness.results_file(args, mpi=library().family.name)
     record = harness.Record(file, title, seconds=args.seconds)
     shapes = {shape.title: shape for shape in args.shape}
-    record.recall_all(shapes, lambda name: measure_shape(shapes[name], args.rounds))
+    record.recall_all(shapes, lambda name: measure_shape(shapes[name], args.rounds, args.turns))
     for each in record.rows:
         harness.emit("\n" + table(each))
     return 0
