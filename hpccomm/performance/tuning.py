@@ -410,7 +410,7 @@ def parse_series(bytes: Any, us: Any, **facts: Any) -> list[Row]:
         raise ValueError(f"nodes, per_node, bytes and us of {row} must be numbers")
     right = all(0 < each < MOST for each in times) and all(0 <= each < MOST for each in sizes)
     if not right or not max(row.nodes, row.per_node) < MOST:
-        raise ValueError(f"us {times} must be above 0, and bytes {sizes} at least 0, in the rows of {row}")
+        raise ValueError(f"us of {row} and its line must be above 0, bytes at least 0: they are {times} and {sizes}")
     return [Row._make((*row[:4], *each, *row[6:])) for each in zip(sizes, times, strict=True)]
 
 
