@@ -152,21 +152,26 @@ def test_a_mistake_ends_the_job_with_a_traceback(mistake: str, tmp_path: Path, e
         assert sentence in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("late", [0, 2])
-def test_a_rank_that_does_not_make_the_default_group_is_missing(
-    late: int, tmp_path: Path, entry_point: dict[str, str]
-) -> None:
-    program = write(
-        tmp_path,
+def write_late(folder: Path, late: int, seconds: int, how: str = "") -> str:
+    """A program whose rank ``late`` comes so much later to the default group, which has a second for it."""
+    return write(
+        folder,
         f"""
 import time
 from datetime import timedelta
 from mpi4py import MPI
 if MPI.COMM_WORLD.rank == {late}:
-    time.sleep(20)
-dist.init_process_group("hpccomm", init_method="mpi://", timeout=timedelta(seconds=1))
+    time.sleep({seconds})
+dist.init_process_group("hpccomm", {how}timeout=timedelta(seconds=1))
 """,
     )
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_rank_that_does_not_make_the_default_group_is_missing(
+    late: int, tmp_path: Path, entry_point: dict[str, str]
+) -> None:
+    program = write_late(tmp_path, late, 20, 'init_method="mpi://", ')
     done = run_under_mpi(3, program, timeout=100, environ=entry_point)
     assert done.returncode != 0
     assert f"init_process_group timed out after 1 s, missing: rank {late}" in done.stderr, done.stderr
@@ -177,17 +182,7 @@ dist.init_process_group("hpccomm", init_method="mpi://", timeout=timedelta(secon
 def test_ranks_that_do_not_make_the_default_group_end_under_plain_python(
     late: int, tmp_path: Path, entry_point: dict[str, str]
 ) -> None:
-    program = write(
-        tmp_path,
-        f"""
-import time
-from datetime import timedelta
-from mpi4py import MPI
-if MPI.COMM_WORLD.rank == {late}:
-    time.sleep(30)
-dist.init_process_group("hpccomm", timeout=timedelta(seconds=1))
-""",
-    )
+    program = write_late(tmp_path, late, 30)
     done = run_under_mpi(3, "env", sys.executable, program, timeout=60, environ=entry_point)  # without -m mpi4py
     assert done.returncode != 0
     assert f"init_process_group timed out after 1 s, missing: rank {late}" in done.stderr, done.stderr

@@ -107,7 +107,7 @@ class CompiledSchedule:
         The caller writes the addresses of those into ``run`` before each run.
         """
         vector, source = (
-            each if each is None else each[:0] if address_of(each) in given else each.copy()
+            each if each is None else each[:0] if address_of(each) in given else np.empty_like(each)
             for each in self.buffers[:2]
         )
         assert vector is not None
@@ -132,7 +132,7 @@ class CompiledSchedule:
                 code = self.kernel(self.address)
         except BaseException as error:
             self.abandon(error)
-            KEPT.append(given)
+            KEPT.extend(given)
             raise
 
     def go_on(self, code: int, seconds: float) -> None:

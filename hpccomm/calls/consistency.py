@@ -358,12 +358,10 @@ class ConsistencyTable:
 
     def _complete(self, amounts: Amounts | None) -> None:
         """Write the amounts of this call, if all members are in reach and :meth:`begin` has not."""
+        if amounts is None:
+            return
         seq = self._seq
-        if (
-            amounts
-            and self._words[self._find_amounts(self._base, seq)] != seq
-            and not self._is_out_of_reach(seq, amounts)
-        ):
+        if self._words[self._find_amounts(self._base, seq)] != seq and not self._is_out_of_reach(seq, amounts):
             self._write_amounts(seq, amounts)
 
     def announce_code(self) -> None:

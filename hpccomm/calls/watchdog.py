@@ -358,9 +358,9 @@ class Watchdog:
         self.calls_mpi = True
         """False as soon as MPI ends."""
         self.limits: dict[int, CheckTime] = {}
+        """What tells whether a running call takes too long, by communicator."""
         self._ending = set[int]()
         """When the running calls began that are beyond their limit and have a report."""
-        """What tells whether a running call takes too long, by communicator."""
         self._reports: list[Report] = []
         self._reported: dict[tuple[int, int], int] = {}
         """How often a running call has been reported, by communicator and begin."""
