@@ -365,7 +365,7 @@ def reduce_operands(p: int, n: int, dtype: str) -> Any:
     return every[every["value"].argmin(axis=0), np.arange(n)]
 
 
-@pytest.mark.mpi(sizes=(2, 3, 4, 5))
+@pytest.mark.mpi(sizes=(2, 3, 4, 5, 7))
 @pytest.mark.parametrize("dtype", ["f8", "e", "i1", "pair"])
 @pytest.mark.parametrize("n", [1, 257, 800])
 def test_compiled_code_runs_records(on_nodes: Communicator, n: int, dtype: str) -> None:
