@@ -24,7 +24,7 @@ from hpccomm.calls import operations
 from hpccomm.calls.blocks import NONE, OBJECT_SIGNATURES, SIGNATURES
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last, read_integers
-from hpccomm.calls.consistency import claim_report
+from hpccomm.calls.consistency import reports
 from hpccomm.calls.entry import FREED, Doors, Key, refuse
 from hpccomm.calls.plans import KEPT as KEPT_BUFFERS
 from hpccomm.calls.plans import Plan, call_key
@@ -822,7 +822,7 @@ def describe_failure(rank: int, error: BaseException, trace: TracebackType | Non
 
 
 def describe_error(head: str, error: BaseException, trace: TracebackType | None) -> str:
-    """The sentence of an error of ours, which one of the ranks that have it prints, and the program's own line.
+    """The program's own line of an error of ours, whose sentence one of the ranks that have it writes before.
 
     Empty for other errors, and with ``HPCCOMM_TRACEBACK=full``.
     """
@@ -830,8 +830,8 @@ def describe_error(head: str, error: BaseException, trace: TracebackType | None)
     if not isinstance(error, HpccommError) or not frames or os.environ.get("HPCCOMM_TRACEBACK") == "full":
         return ""
     at = next((each for each in reversed(frames) if not each.filename.startswith(library_folders())), frames[-1])
-    place = f"[hpccomm] {head}{type(error).__name__} in {at.filename}:{at.lineno}: {at.line}\n"
-    return f"[hpccomm] {error}\n{place}" if claim_report(str(error)) else place
+    reports.write(str(error))
+    return f"[hpccomm] {head}{type(error).__name__} in {at.filename}:{at.lineno}: {at.line}\n"
 
 
 WAITING_SECONDS = 0.3

@@ -24,7 +24,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from hpccomm.calls.consistency import claim_report
+from hpccomm.calls.consistency import reports
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.calls.watchdog import EXIT_SECONDS, FLUSH_SECONDS, log_line
 from hpccomm.context import Context, create_private_comm
@@ -84,7 +84,7 @@ class Call:
             self._result = self._function(find_channel(self))
         except BaseException as error:
             self.error = error
-            os.write(2, describe_failure(self.text, error).encode(errors="replace"))
+            report_failure(self.text, error)
         self._function = None
 
     def finish(self) -> None:
@@ -95,11 +95,13 @@ class Call:
         self._complete.set()
 
 
-def describe_failure(text: str, error: BaseException) -> str:
-    """What is printed of a call that has failed: of an error of ours its sentence, by one of the ranks that have it."""
+def report_failure(text: str, error: BaseException) -> None:
+    """Write that a call has failed: of an error of ours its sentence, by one of the ranks that have it."""
     if isinstance(error, HpccommError) and os.environ.get("HPCCOMM_TRACEBACK") != "full":
-        return f"[hpccomm] {error}\n" if claim_report(str(error)) else ""
-    return f"[hpccomm] {text} has failed:\n{''.join(traceback.format_exception(error))}"
+        reports.write(str(error))
+    else:
+        trace = "".join(traceback.format_exception(error))
+        os.write(2, f"[hpccomm] {text} has failed:\n{trace}".encode(errors="replace"))
 
 
 class Queue:
@@ -183,8 +185,6 @@ class Queue:
             await_request((self._channel or self._context).private_comm.Ibarrier())
         if self._channel is None:
             self._channel = self._make_channel(create_private_comm(self._context.private_comm), call.algorithm)
-            atexit.unregister(complete_all)
-            atexit.register(complete_all)  # runs before the tables tell the other ranks that this rank has left
         if self._channel.algorithm != call.algorithm:
             self._channel.algorithm = call.algorithm
         return self._channel
@@ -228,7 +228,7 @@ def submit(
     if context.queue is None:
         context.queue = Queue(context, comm._make_channel)
         _state.queues.add(context.queue)
-        run_at_finalize(complete_all)
+        complete_at_end()
     call.algorithm = comm.algorithm
     context.queue.submit(call)
     return future
@@ -315,7 +315,7 @@ def drive_all() -> None:
     """With ``HPCCOMM_PROGRESS=all``, let a thread drive MPI's own requests and messages from now on."""
     if _state.driver is None and has_thread() and os.environ.get("HPCCOMM_PROGRESS") == "all":
         _state.driver = Driver()
-        run_at_finalize(complete_all)
+        complete_at_end()
 
 
 @cache
@@ -350,5 +350,14 @@ def complete_all() -> None:
         MPI.COMM_WORLD.Abort(1)
 
 
+@cache
+def complete_at_end() -> None:
+    """Let the end of the program, and that of MPI, begin with :func:`complete_all`, before the watchdog's end.
+
+    Handlers are registered while no call is under way: Python never runs one that a thread registers during the end.
+    """
+    atexit.register(complete_all)
+    run_at_finalize(complete_all)
+
+
 os.register_at_fork(after_in_child=forget_threads)
-atexit.register(complete_all)

@@ -15,6 +15,7 @@ from hpccomm.calls import consistency
 from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.consistency import ConsistencyTable
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
+from hpccomm.calls.reports import Reports
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.kernels.entry.records import AMOUNT_CALLS, COUNTS, NOT_COMPARED
 
@@ -419,33 +420,50 @@ def test_the_error_groups_ranks_by_call() -> None:
     )
 
 
-def test_one_rank_of_those_with_the_same_error_reports_it(node: MakeTables, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of ranks that come at the same time; sentences differ by the rank that says them, and by nothing else."""
-    tables, told = node(3), {}
-    start = threading.Barrier(3)
+SENTENCES = ("rank {}: Bcast: the root 7 is not a rank", "ranks 0, 1 called Barrier (noticed by rank {})")
 
-    def report(k: int, sentence: str) -> None:
+
+def write_together(reports: list[Reports], sentence: str) -> None:
+    """Let every rank write the error at the same time."""
+    start = threading.Barrier(len(reports))
+
+    def write(k: int) -> None:
         start.wait()
-        if not told.setdefault((k, sentence), tables[k].claim_report(MARKS[sentence])):
-            return
-        time.sleep(consistency.CLAIM_SECONDS)
-        told[k, sentence] = tables[k].keeps_claim(MARKS[sentence])
+        reports[k].write(sentence.format(k), process=100 + k)
 
-    for sentence in MARKS:
-        threads = [threading.Thread(target=report, args=(k, sentence)) for k in range(3)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join()
-        assert [told[k, sentence] for k in range(3)].count(True) == 1
-    monkeypatch.setattr(consistency, "_tables", tables[:1])
-    monkeypatch.setattr(consistency, "_reported", set())
-    assert consistency.claim_report("rank 0: Bcast: the root 7 is not a rank")
-    assert not consistency.claim_report("rank 2: Bcast: the root 7 is not a rank")
-    assert consistency.claim_report("rank 2: Bcast: the root 8 is not a rank")
+    threads = [threading.Thread(target=write, args=(k,)) for k in range(len(reports))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
 
 
-MARKS = {"one": 3, "two": 5}
+@pytest.mark.parametrize("backwards", [(), (0,), (1,), (0, 2)])
+def test_one_rank_of_those_with_the_same_error_writes_it(
+    node: MakeTables, capfd: pytest.CaptureFixture[str], backwards: tuple[int, ...]
+) -> None:
+    """Also of ranks that come at the same time and look at their two tables in another order, and a later one."""
+    pairs = list(zip(node(3), node(3), strict=True))
+    reports = [Reports(pair[::-1] if k in backwards else pair) for k, pair in enumerate(pairs)]
+    for sentence in SENTENCES:
+        write_together(reports[:2], sentence)
+        assert capfd.readouterr().err.count(sentence[8:].partition("{")[0]) == 1
+        reports[2].write(sentence.format(2), process=102)
+        reports[0].write(sentence.format(0), process=100)
+        assert capfd.readouterr().err == ""
+
+
+def test_a_rank_writes_an_error_if_the_one_that_would_has_ended(
+    node: MakeTables, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpccomm.calls.reports.WRITE_SECONDS", 0.2)
+    ended, lives = node(2)
+    with monkeypatch.context() as patch:
+        patch.setattr("hpccomm.calls.reports.os.write", lambda *_: None)
+        patch.setattr(Reports, "_claim", lambda self, claim: ended.write_claim(claim & ~1))
+        Reports([ended]).write(SENTENCES[0].format(0))
+    Reports([lives]).write(SENTENCES[0].format(1))
+    assert capfd.readouterr().err == "[hpccomm] rank 1: Bcast: the root 7 is not a rank\n"
 
 
 def test_a_call_inside_a_call_of_objects_is_no_other_call(node: MakeTables) -> None:

@@ -50,6 +50,14 @@ def test_a_program_that_ends_with_calls_under_way_says_so(before: str) -> None:
     )
 
 
+def test_a_thread_that_makes_its_channel_while_handlers_run_is_waited_for() -> None:
+    """Rank 0's first call begins when its last handler is asleep."""
+    slow = "import atexit\nif me == 0:\n    atexit.register(time.sleep, 1)\nelse:\n    time.sleep(0.7)\n"
+    done = run(2, slow + "comm.Iallreduce(np.ones(3_000_000), np.zeros(3_000_000))\nif me: time.sleep(2)")
+    assert done.returncode == 0, done.stderr
+    assert "rank 0: the program ends while calls are under way" in done.stderr
+
+
 def test_a_rank_that_ends_without_the_call_is_named() -> None:
     done = run(2, USED + "if me == 0:\n    comm.Iallreduce(x, y).Wait()")
     assert done.returncode != 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import threading
 import time
 import weakref
@@ -32,6 +31,7 @@ from hpccomm.calls.fingerprint import (
     first_difference,
     mismatch_message,
 )
+from hpccomm.calls.reports import Reports
 from hpccomm.errors import HpccommError, MismatchError, TransportError
 from hpccomm.kernels.entry.records import (
     AMOUNT_CALLS,
@@ -589,16 +589,13 @@ class ConsistencyTable:
         end = 8 * (self.members.index(rank) + 1) * self._stride
         return bytes(self._octets[end - REASON_BYTES : end]).rstrip(b" \0").decode(errors="replace")
 
-    def claim_report(self, mark: int) -> bool:
-        """Say that this rank will report the error with this mark; False if another one has said so before."""
-        if any(self._words[peer + REPORTED] == mark for peer in self._peers):
-            return False
-        self._words[self._base + REPORTED] = mark
-        return True
+    def list_claims(self) -> list[int]:
+        """What the other members have said of the last error that they report (:mod:`hpccomm.calls.reports`)."""
+        return [self._words[peer + REPORTED] for peer in self._peers]
 
-    def keeps_claim(self, mark: int) -> bool:
-        """Whether no rank before this one has said at the same time that it will report the error."""
-        return not any(self._words[peer + REPORTED] == mark for peer in self._peers if peer < self._base)
+    def write_claim(self, claim: int) -> None:
+        """Say that this rank reports an error, or has done so."""
+        self._words[self._base + REPORTED] = claim
 
     def watch_request(self, number: int, waits: bool) -> None:
         """Compare call ``number``, which MPI makes without blocking, unless this rank has made another one since.
@@ -755,36 +752,5 @@ class EnteredCall:
 
 _tables: weakref.WeakSet[ConsistencyTable] = weakref.WeakSet()
 _departure = Departure(_tables)
+reports = Reports(_tables)
 os.register_at_fork(after_in_child=_tables.clear)
-
-
-CLAIM_SECONDS = 0.1
-"""How long a rank that will report an error waits for others that say so at the same time."""
-_reported = set[int]()
-"""The errors that this process has reported."""
-
-
-def claim_report(sentence: str) -> bool:
-    """Whether this rank is the one of its node that reports an error.
-
-    The ranks have the same sentence but for the number of the rank that says it.
-    """
-    import hashlib
-
-    plain = re.sub(r"^rank \d+: |\(noticed by rank \d+\)", "", sentence)
-    mark = int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True) >> 1 | 1
-    if mark in _reported:
-        return False
-    _reported.add(mark)
-
-    def ask(question: Callable[[ConsistencyTable, int], bool]) -> bool:
-        answers = [True]
-        for table in list(_tables):
-            with contextlib.suppress(ValueError):  # it is closed
-                answers.append(question(table, mark))
-        return all(answers)
-
-    if not ask(ConsistencyTable.claim_report):
-        return False
-    time.sleep(CLAIM_SECONDS)
-    return ask(ConsistencyTable.keeps_claim)

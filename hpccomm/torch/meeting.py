@@ -98,20 +98,20 @@ def describe(marks: Any) -> str:
 
 def await_others(world: Any, limit: float) -> Any:
     """Rank 0: wait until all ranks are sure; None, or if the time is over the marks of all ranks."""
-    roll, until = RollCall(world), time.monotonic() + limit
-    while not roll.is_complete:
+    arrivals, until = Arrivals(world), time.monotonic() + limit
+    while not arrivals.is_complete:
         rank, message = receive(world, MPI.ANY_SOURCE, until - time.monotonic())
         if message is None:
-            marks = roll.marks()
-            roll.tell_all(ABSENT, marks)
+            marks = arrivals.marks()
+            arrivals.tell_all(ABSENT, marks)
             await_request(OUTBOX, SEND_SECONDS)
             return marks
-        roll.take(rank, *message[:HEADER].tolist())
-    roll.tell_all(GO)
+        arrivals.take(rank, *message[:HEADER].tolist())
+    arrivals.tell_all(GO)
     return None
 
 
-class RollCall:
+class Arrivals:
     """What rank 0 knows of the other ranks."""
 
     def __init__(self, world: Any) -> None:
