@@ -1,4 +1,4 @@
-"""Rank 0's part of the meeting before a group of torch is made: which messages it sends for which it gets, in any order."""
+"""Rank 0 before a group of torch is made: which messages it sends for which it gets, in any order."""
 
 from __future__ import annotations
 
