@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -134,8 +135,8 @@ def run_rank(cell: Cell, folder: Path) -> None:
     call = make_call(comm, cell)
     for _ in range(2):
         call()
-    comm.Barrier()
     (folder / f"{comm.rank}.pid").write_text(str(os.getpid()))
+    comm.Barrier()  # no rank ends before all have written their number
     if cell.fault == "launcher":
         time.sleep(100 if odd else 0)
     elif cell.when == "inside":
@@ -234,11 +235,12 @@ def wait_for_end(process: subprocess.Popen[bytes], cell: Cell, folder: Path) -> 
 
 def judge(cell: Cell, status: int, seconds: float, limit: float, folder: Path, pids: list[int], hung: bool) -> str:
     """What is wrong with a job; empty if nothing is."""
-    until = time.monotonic() + (ORPHAN_SECONDS if cell.fault == "launcher" else 1.0)
+    until = time.monotonic() + (ORPHAN_SECONDS if cell.fault == "launcher" else limit)
     while (alive := [pid for pid in pids if find_process(pid).started]) and time.monotonic() < until:
         time.sleep(0.05)
     for pid in alive:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     left = (folder / "left").read_text().split() if (folder / "left").exists() else []
     found = {
         "it hangs": hung,

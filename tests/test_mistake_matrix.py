@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -62,7 +62,7 @@ def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int) -> dict
             moved, length = (time.monotonic(), now) if now != length else (moved, length)
             hung = time.monotonic() - moved > SILENT_SECONDS
         stop(process)
-    lines = [[json.loads(line) for line in each.read_text().splitlines()] if each.exists() else [] for each in logs]
+    lines = [read_lines(each) for each in logs]
     done = min(map(len, lines))
     found = {
         numbers[k]: Outcome(tuple(each[k][1] for each in lines), "".join(each[k][2] for each in lines))
@@ -70,9 +70,16 @@ def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int) -> dict
     }
     if done < len(numbers):
         texts = [folder / f"{rank}.stderr" for rank in range(ranks)]
-        said = "".join(each.read_text().rpartition(f"cell {numbers[done]}\n")[2] for each in texts if each.exists())
+        parts = [each.read_text().rpartition(f"cell {numbers[done]}\n") for each in texts if each.exists()]
+        said = "".join(text for _, begun, text in parts if begun)
         found[numbers[done]] = Outcome((), said, hung)
     return found
+
+
+def read_lines(log: Path) -> list[Any]:
+    """The lines of a rank's log; the last one may be cut, of a rank that was ended while it wrote."""
+    complete = log.read_text().rpartition("\n")[0] if log.exists() else ""
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def is_named(said: str) -> bool:

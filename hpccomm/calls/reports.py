@@ -42,7 +42,7 @@ class Reports:
         if not before:
             self._claim(claim)
             time.sleep(CLAIM_SECONDS)
-            before = [other for other in self._find_claims(mark) if other < claim]
+            before = [other for other in self._find_claims(mark) if other < claim or other & WRITTEN]
         if before and self._await_writer(mark):
             return
         os.write(2, f"[hpccomm] {sentence}\n".encode(errors="replace"))
