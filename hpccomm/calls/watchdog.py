@@ -393,6 +393,7 @@ class Watchdog:
     def __init__(self) -> None:
         self.groups: dict[int, Group] = {}
         self.thread: threading.Thread | None = None
+        self._starting = threading.Lock()
         self.calls_mpi = True
         """False as soon as MPI ends."""
         self.limits: dict[int, CheckTime] = {}
@@ -405,9 +406,10 @@ class Watchdog:
 
     def start(self) -> None:
         """Start the thread at the first group."""
-        if self.thread is None:
-            self.thread = threading.Thread(target=self.run_watchdog, name="hpccomm-watchdog", daemon=True)
-            self.thread.start()
+        with self._starting:
+            if self.thread is None:
+                self.thread = threading.Thread(target=self.run_watchdog, name="hpccomm-watchdog", daemon=True)
+                self.thread.start()
 
     def run_watchdog(self) -> None:
         """Look after the calls for ever, also after an error of its own."""
