@@ -55,43 +55,8 @@ def gather_unit(comm: Any) -> Callable[[], Any]:
     return call
 
 
-def add_signs(comm: Any) -> Callable[[], Any]:
-    """The compressed allreduce of 1-bit Adam."""
-    import numpy as np
-
-    n = 512 * comm.size
-    x, errors = np.ones(n, "f4"), (np.zeros(n, "f4"), np.zeros(n // comm.size, "f4"))
-    return lambda: comm.onebit_allreduce(x, *errors)
-
-
-def add_sparse(comm: Any) -> Callable[[], Any]:
-    """A sum of sparse vectors."""
-    import numpy as np
-
-    indices, values = np.arange(100, dtype=np.uint32), np.ones(100, "f4")
-    return lambda: comm.sparse_allreduce(indices, values, 10_000)
-
-
-def gather_sparse(comm: Any) -> Callable[[], Any]:
-    """An allgather of sparse vectors."""
-    import numpy as np
-
-    indices, values = np.arange(100, dtype=np.uint32), np.ones(100, "f4")
-    return lambda: comm.sparse_allgather(indices, values, 10_000)
-
-
-def reduce_view(comm: Any) -> Callable[[], Any]:
-    """An Allreduce_view of a registered array."""
-    x = comm.zeros(1000)
-    return lambda: comm.Allreduce_view(x)
-
-
 OTHERS: dict[str, Callable[[Any], Callable[[], Any]]] = {
     "MiCS gather": gather_unit,
-    "onebit_allreduce": add_signs,
-    "sparse_allreduce": add_sparse,
-    "sparse_allgather": gather_sparse,
-    "Allreduce_view": reduce_view,
 }
 
 
