@@ -180,7 +180,7 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
         "sparse_allreduce": lambda: comm.sparse_allreduce(indices, picked, 10 * n),
         "sparse_allgather": lambda: comm.sparse_allgather(indices, picked, 10 * n),
         "onebit_allreduce": lambda: comm.onebit_allreduce(np.ones(signs, "f4"), *errors),
-        "onebit_allgather": lambda: comm.onebit_allgather(np.zeros(5 * n // 4, "u1"), 1.0, -1.0, 10 * n),
+        "onebit_allgather": lambda: comm.onebit_allgather(np.zeros(-(-10 * n // 8), "u1"), 1.0, -1.0, 10 * n),
     }
     return calls[SIBLINGS[name] if odd and cell.mistake == "sibling" else name]
 
