@@ -80,6 +80,8 @@ def is_possible(name: str, mistake: str) -> bool:
     """Whether a mistake can be made in a collective."""
     if mistake in ("missing", "collective"):
         return True
+    if mistake == "unstarted":
+        return name.endswith("_init")
     if name in OWN:
         return mistake in OWN[name]
     upper, name = name[0].isupper(), blocking_name(name)
@@ -92,7 +94,7 @@ def is_possible(name: str, mistake: str) -> bool:
 
 def all_cells() -> list[Cell]:
     """The whole matrix."""
-    mistakes = ("dtype", "count", "order", "op", "root", "collective", "missing", "sibling")
+    mistakes = ("dtype", "count", "order", "op", "root", "collective", "missing", "unstarted", "sibling")
     cells = [
         Cell(name, mistake, path, when)
         for name, paths in COLLECTIVES.items()
@@ -133,6 +135,7 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
     even, places = [n] * p, [n * k for k in range(p)]
     at_root = me == root
     types = [MPI.DOUBLE] * p
+    late = LATE_SECONDS if odd and cell.mistake == "unstarted" else 0.0
     indices, picked, signs = np.arange(2, dtype=np.uint32), np.ones(2, "f4"), 16 * p * n
     errors = np.zeros(signs, "f4"), np.zeros(signs // p, "f4")
     calls: dict[str, Callable[[], Any]] = {
@@ -162,11 +165,11 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
         "scatter": lambda: comm.scatter(list(range(p)) if at_root else None, root),
         "alltoall": lambda: comm.alltoall(list(range(p))),
         "barrier": comm.barrier,
-        "Allreduce_init": lambda: run_request(comm.Allreduce_init(one, into_one, op)),
-        "Bcast_init": lambda: run_request(comm.Bcast_init(one, root)),
-        "Gather_init": lambda: run_request(comm.Gather_init(one, into_each if at_root else None, root)),
-        "Reduce_init": lambda: run_request(comm.Reduce_init(one, into_one, op, root)),
-        "Allgather_init": lambda: run_request(comm.Allgather_init(one, into_each)),
+        "Allreduce_init": lambda: run_request(comm.Allreduce_init(one, into_one, op), late),
+        "Bcast_init": lambda: run_request(comm.Bcast_init(one, root), late),
+        "Gather_init": lambda: run_request(comm.Gather_init(one, into_each if at_root else None, root), late),
+        "Reduce_init": lambda: run_request(comm.Reduce_init(one, into_one, op, root), late),
+        "Allgather_init": lambda: run_request(comm.Allgather_init(one, into_each), late),
         "Iallreduce": lambda: comm.Iallreduce(one, into_one, op).Wait(),
         "Iallgather": lambda: comm.Iallgather(one, into_each).Wait(),
         "Ibcast": lambda: comm.Ibcast(one, root).Wait(),
@@ -185,8 +188,9 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
     return calls[SIBLINGS[name] if odd and cell.mistake == "sibling" else name]
 
 
-def run_request(request: Any) -> None:
+def run_request(request: Any, late: float) -> None:
     """Start and complete a persistent call."""
+    time.sleep(late)
     request.Start()
     request.Wait()
     request.Free()
