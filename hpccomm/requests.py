@@ -30,7 +30,7 @@ from hpccomm.calls.blocks import PARTS, SIGNATURES, total_bytes
 from hpccomm.calls.buffers import Buffer, pad_last, read_integers
 from hpccomm.calls.call import Call
 from hpccomm.calls.entry import FREED
-from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.calls.fingerprint import IN_PLACE, Fingerprint
 from hpccomm.calls.reader import Reader, is_in_place
 from hpccomm.errors import ArgumentError, HpccommError
 from hpccomm.observe.flight_recorder import count_bytes
@@ -360,7 +360,8 @@ def read_call(
     if for_mpi and name != "Barrier":
         check_as_blocking(planner.reader, name, {**given, **{key: arguments[key] for key in form.arguments}}, who)
     compared = [(key, buffers[key]) for key in COMPARED[name]]
-    return describe(name, spelling, compared, comm.size, op, root), arguments
+    place = IN_PLACE if name.startswith("Alltoall") and is_in_place(given[SEND]) else ""
+    return describe(name, spelling, compared, comm.size, op, root, place), arguments
 
 
 def check_as_blocking(reader: Reader, name: str, given: dict[str, Any], who: str) -> None:
@@ -396,7 +397,13 @@ def read_for_thread(planner: Any, given: Any, op: MPI.Op | None, who: str, parts
 
 
 def describe(
-    name: str, spelling: str, buffers: list[tuple[str, Buffer]], size: int, op: MPI.Op | None, root: int | None
+    name: str,
+    spelling: str,
+    buffers: list[tuple[str, Buffer]],
+    size: int,
+    op: MPI.Op | None,
+    root: int | None,
+    place: str,
 ) -> Fingerprint:
     """The call as the other ranks see it."""
     key, data = next((each for each in buffers if not is_in_place(each[1].raw)), (BUF, Buffer(None)))
@@ -404,4 +411,4 @@ def describe(
     call = Call(name, "", 0, size, data, data, op, root, data=data if buffers else None)
     dtype = data.dtype or data.base
     call.count = None if dtype is None else str(total_bytes(data, kind, size) // dtype.itemsize)
-    return call.describe("")._replace(collective=spelling)
+    return call.describe("")._replace(collective=spelling, place=place)

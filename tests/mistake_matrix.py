@@ -78,10 +78,14 @@ def blocking_name(name: str) -> str:
 
 def is_possible(name: str, mistake: str) -> bool:
     """Whether a mistake can be made in a collective."""
-    if mistake in ("missing", "collective"):
-        return True
-    if mistake == "unstarted":
-        return name.endswith("_init")
+    always = {
+        "missing": True,
+        "collective": True,
+        "unstarted": name.endswith("_init"),
+        "place": blocking_name(name) in ("Alltoall", "Alltoallv", "Alltoallw"),
+    }
+    if mistake in always:
+        return always[mistake]
     if name in OWN:
         return mistake in OWN[name]
     upper, name = name[0].isupper(), blocking_name(name)
@@ -94,7 +98,7 @@ def is_possible(name: str, mistake: str) -> bool:
 
 def all_cells() -> list[Cell]:
     """The whole matrix."""
-    mistakes = ("dtype", "count", "order", "op", "root", "collective", "missing", "unstarted", "sibling")
+    mistakes = ("dtype", "count", "order", "op", "root", "collective", "missing", "unstarted", "sibling", "place")
     cells = [
         Cell(name, mistake, path, when)
         for name, paths in COLLECTIVES.items()
@@ -135,6 +139,8 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
     even, places = [n] * p, [n * k for k in range(p)]
     at_root = me == root
     types = [MPI.DOUBLE] * p
+    typed = [8 * k for k in places], types
+    within = odd and cell.mistake == "place"
     late = LATE_SECONDS if odd and cell.mistake == "unstarted" else 0.0
     indices, picked, signs = np.arange(2, dtype=np.uint32), np.ones(2, "f4"), 16 * p * n
     errors = np.zeros(signs, "f4"), np.zeros(signs // p, "f4")
@@ -146,16 +152,16 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
         "Allgather": lambda: comm.Allgather(one, into_each, **named),
         "Allgatherv": lambda: comm.Allgatherv(one, into_each, **named),
         "Bcast": lambda: comm.Bcast(one, root, **named),
-        "Alltoall": lambda: comm.Alltoall(each, into_each, **named),
+        "Alltoall": lambda: comm.Alltoall(MPI.IN_PLACE if within else each, into_each, **named),
         "Scan": lambda: comm.Scan(one, into_one, op),
         "Exscan": lambda: comm.Exscan(one, into_one, op),
         "Gather": lambda: comm.Gather(one, into_each if at_root else None, root),
         "Gatherv": lambda: comm.Gatherv(one, [into_each, even] if at_root else None, root),
         "Scatter": lambda: comm.Scatter(each if at_root else None, into_one, root),
         "Scatterv": lambda: comm.Scatterv([each, even] if at_root else None, into_one, root),
-        "Alltoallv": lambda: comm.Alltoallv([each, even], [into_each, even]),
+        "Alltoallv": lambda: comm.Alltoallv(MPI.IN_PLACE if within else [each, even], [into_each, even]),
         "Alltoallw": lambda: comm.Alltoallw(
-            [each, even, [8 * k for k in places], types], [into_each, even, [8 * k for k in places], types]
+            MPI.IN_PLACE if within else [each, even, *typed], [into_each, even, *typed]
         ),
         "allreduce": lambda: comm.allreduce(me, op),
         "reduce": lambda: comm.reduce(me, op, root),
@@ -175,7 +181,7 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
         "Ibcast": lambda: comm.Ibcast(one, root).Wait(),
         "Igather": lambda: comm.Igather(one, into_each if at_root else None, root).Wait(),
         "Iscatter": lambda: comm.Iscatter(each if at_root else None, into_one, root).Wait(),
-        "Ialltoall": lambda: comm.Ialltoall(each, into_each).Wait(),
+        "Ialltoall": lambda: comm.Ialltoall(MPI.IN_PLACE if within else each, into_each).Wait(),
         "Allreduce_view": lambda: comm.Allreduce_view(
             registered[: n * one.itemsize].view(dtype).reshape(one.shape), op
         ),
