@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -26,10 +27,18 @@ BASELINES = {
     "ef-signsgd": ("dense",),
     "powersgd": ("dense",),
     "onebit-lamb": ("lamb",),
+    "int8": ("dense",),
+    "bmuf": ("dense",),
+    "hybrid": ("dense",),
 }
 """Methods, and the dense methods that each is compared with."""
-NAMES = ("dense", "dgc", "adam", "onebit-adam", "gtc", "onebit-sgd", "ef-signsgd", "powersgd", "lamb", "onebit-lamb")
-"""In the order of the tables."""
+FIRST = ("dense", "dgc", "adam", "onebit-adam")
+"""Methods that are trained first, in all jobs."""
+NAMES = (*FIRST, "gtc", "onebit-sgd", "ef-signsgd", "powersgd", "lamb", "onebit-lamb")
+TORCH_NAMES = (*FIRST, "gtc", "powersgd", "int8", "bmuf", "hybrid", "lars", "lamb")
+"""The methods of a job with PyTorch's networks."""
+ORDER = tuple(dict.fromkeys((*NAMES, *TORCH_NAMES)))
+"""That of the tables."""
 
 Run = dict[str, Any]
 
@@ -43,6 +52,11 @@ class Job(NamedTuple):
     samples: int | None
     seeds: int
     """Ten on digits: one image is a quarter of a point there, and five seeds do not tell methods apart."""
+    ranks: tuple[int, ...] = RANKS
+    methods: tuple[str, ...] = NAMES
+    density: float = DENSITY
+    framework: str = "numpy"
+    """``"torch"``: ResNet-20 or a GPT of six layers, at the constant rates of ``hpccomm train``."""
 
 
 JOBS = {
@@ -50,6 +64,8 @@ JOBS = {
     "stdlib": Job("stdlib", 5, 256, 200_000, 5),
     "digits, 40 passes": Job("digits", 40, 64, None, 10),
     "stdlib, 3 passes": Job("stdlib", 3, 256, 200_000, 5),
+    "ResNet-20": Job("digits", 5, 64, None, 3, (4,), TORCH_NAMES, 0.01, "torch"),
+    "GPT": Job("stdlib", 1, 256, 20_000, 3, (4,), TORCH_NAMES, 0.01, "torch"),
 }
 
 
@@ -66,9 +82,10 @@ TUNING_SEEDS = (100,)
 
 def list_runs() -> Iterator[tuple[str, int, str, int]]:
     """Job, ranks, method, seed; first DGC and 1-bit Adam with their baselines for all jobs, then the others."""
-    for methods in (NAMES[:4], NAMES[4:]):
+    for first in (True, False):
         for name, job in JOBS.items():
-            for ranks in RANKS:
+            methods = [method for method in job.methods if (method in FIRST) == first]
+            for ranks in job.ranks:
                 yield from ((name, ranks, method, seed) for seed in range(job.seeds) for method in methods)
 
 
@@ -77,22 +94,25 @@ def train_run(name: str, ranks: int, method: str, seed: int, lr: float | None = 
     from hpccomm.algorithms.lr_schedules import polynomial
     from hpccomm.algorithms.transforms import chain, scale_by_schedule
     from hpccomm.buckets import Bucket
+    from hpccomm.commands.train import FRAMEWORKS
     from hpccomm.testing.ranks import run_on_ranks
     from hpccomm.train.datasets import DATASETS
     from hpccomm.train.loop import Settings, count_steps, train
     from hpccomm.train.methods import METHODS, MethodSetup
-    from hpccomm.train.networks import network_for
 
-    job, way = JOBS[name], METHODS[method]
-    data = DATASETS[job.dataset](job.samples)
-    network, settings = network_for(data), Settings(job.epochs, job.batch_size, seed, way.steps_locally)
-    rate, began = RATES.get((job.dataset, method), way.lr) if lr is None else lr, time.monotonic()
+    job, way, began = JOBS[name], METHODS[method], time.monotonic()
+    data, framework = DATASETS[job.dataset](job.samples), FRAMEWORKS[job.framework]
+    settings = Settings(job.epochs, job.batch_size, seed, way.steps_locally)
+    usual = RATES.get((job.dataset, method), way.lr) if job.framework == "numpy" else framework.rate * way.lr
+    rate = usual if lr is None else lr
 
     def body(comm: Any) -> Any:
-        steps = count_steps(len(data.targets), settings)
-        plan = MethodSetup(comm, Bucket(network.shapes), rate, steps, density=DENSITY)
-        falling = chain(way.make(plan), scale_by_schedule(polynomial(1.0, steps)))
-        return train(comm, data, network, falling, settings)[1]
+        network, steps = import_module(framework.module).network_for(data), count_steps(len(data.targets), settings)
+        plan = MethodSetup(comm, Bucket(network.shapes), rate, steps, density=job.density, group_size=2)
+        made = way.make(plan)
+        if job.framework == "numpy":
+            made = chain(made, scale_by_schedule(polynomial(1.0, steps)))
+        return train(comm, data, network, made, settings)[1]
 
     epochs = run_on_ranks(ranks, body, patience=600)[0]
     return {
@@ -151,7 +171,7 @@ def table(runs: Sequence[Run], job: str, ranks: int) -> str:
     """
     here = {key(run)[2:4]: run for run in runs if key(run)[:2] == (job, ranks)}
     rows = []
-    for name in NAMES:
+    for name in ORDER:
         scores = {k: 100 * here[name, k]["accuracy"] for k in range(JOBS[job].seeds) if (name, k) in here}
         if not scores:
             continue
@@ -194,9 +214,12 @@ def tuning_table(runs: Sequence[Run], job: str) -> str:
 def draw(runs: Sequence[Run], out: Path) -> None:
     """Accuracy with its standard error against bytes a step, a panel for each job and number of ranks."""
     figure, grid = harness.panels(11, 4 * len(JOBS), len(JOBS), len(RANKS))
-    for row, job in zip(grid, JOBS, strict=True):
+    for row, (job, its) in zip(grid, JOBS.items(), strict=True):
         for axes, ranks in zip(row, RANKS, strict=True):
-            for number, name in enumerate(NAMES):
+            if ranks not in its.ranks:
+                axes.set_axis_off()
+                continue
+            for number, name in enumerate(ORDER):
                 here = [run for run in runs if key(run)[:3] == (job, ranks, name) and run["seed"] not in TUNING_SEEDS]
                 if not here:
                     continue
@@ -231,8 +254,8 @@ def main() -> int:
         and (args.tune or not args.seeds or each[3] in args.seeds)
     ]
     record.recall_all(asked, lambda run: train_run(*run))
-    for name in JOBS:
-        harness.emit(*(table(record.rows, name, ranks) for ranks in RANKS), tuning_table(record.rows, name))
+    for name, job in JOBS.items():
+        harness.emit(*(table(record.rows, name, ranks) for ranks in job.ranks), tuning_table(record.rows, name))
     if record.rows:
         draw(record.rows, harness.plot_file(args, args.file))
     return 0

@@ -6,7 +6,9 @@ the two alone: 1 is perfect overlap, 2 is none.  ``numpy`` computes without the 
 those of the slowest rank, as medians over the turns of a launch.
 
 All nodes share this machine's cores, so the work of the call itself, in the ranks and in the system, delays the
-computation: the *bound* is the longer of the call, and of the computation and that work one after the other.
+computation: the *bound* is the longer of the call, and of the computation and that work one after the other.  The work
+is what the cores do more beside the computation than without the call.  Links take 64 KB at once, as network cards do
+that cut segments into packets themselves: else the kernel does so on the cores that compute.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from hpccomm.cluster.nodes import Cluster
+from hpccomm.cluster.nodes import Cluster, default_burst
 from hpccomm.launcher import library
 
 SHAPES = ["2x1,1gbit", "4x1,100mbit"]
 NBYTES, TURNS = 1 << 24, 5
+BURST = 70_000
+"""Bytes that a link takes at once: a segment of 64 KB."""
 AIMS = {"numpy": 1.15, "python": 1.3}
 """The largest ratio that ours shall have."""
 
@@ -56,14 +60,15 @@ def measure(turns: int = TURNS) -> list[dict[str, Any]]:
     for kind, compute in COMPUTATIONS.items():
         for name, call in calls.items():
             alone = measure_turns(world, {"call": lambda call=call: call(x, y).Wait()}, turns)["call"]
-            work = measure_work(world, lambda call=call: call(x, y).Wait(), turns)
             steps = steps_of(world, compute, alone)
             runs = {
                 "call": lambda call=call: call(x, y).Wait(),
                 "computation": lambda steps=steps, compute=compute: compute(steps),
                 "both": lambda call=call, steps=steps, compute=compute: overlap(call(x, y), compute, steps),
             }
-            rows.append({"compute": kind, "by": name, "work": work, **measure_turns(world, runs, turns)})
+            times = measure_turns(world, runs, turns)
+            work = measure_work(world, runs["both"], turns) - measure_work(world, runs["computation"], turns)
+            rows.append({"compute": kind, "by": name, "work": work, **times})
             assert (y == world.size).all()
     return rows
 
@@ -80,12 +85,12 @@ def measure_turns(world: Any, runs: dict[str, Callable[[], object]], turns: int)
     return {name: median(times) for name, times in harness.take_turns(timed, turns).items()}
 
 
-def measure_work(world: Any, call: Callable[[], object], turns: int) -> float:
-    """Seconds for which a call keeps every core of the machine busy, on the average (collective)."""
+def measure_work(world: Any, run: Callable[[], object], turns: int) -> float:
+    """Seconds for which a run keeps every core of the machine busy, on the average (collective)."""
     world.Barrier()
     before = harness.busy_seconds()
     for _ in range(turns):
-        call()
+        run()
     world.Barrier()
     return (harness.busy_seconds() - before) / turns / (os.cpu_count() or 1)
 
@@ -99,7 +104,7 @@ def steps_of(world: Any, compute: Callable[[int], None], seconds: float) -> int:
 
 def measure_shape(shape: harness.Shape, rounds: int, turns: int) -> dict[str, Any]:
     """All launches on one cluster."""
-    with Cluster(shape.nodes, shape.rate) as cluster:
+    with Cluster(shape.nodes, shape.rate, burst=max(BURST, default_burst(shape.rate))) as cluster:
         run = harness.on_cluster(cluster, shape)
         launches = [
             harness.launch(run, ["-m", "benchmarks.overlap", "--turns", str(turns)], "--work") for _ in range(rounds)

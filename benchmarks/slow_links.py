@@ -9,7 +9,9 @@ that of the slowest rank.  Compressed ways have three times:
 - *computing*: the same work with an :class:`Echo` in place of the communicator, by the ranks of one node while the
   other nodes are idle, as on separate machines; the time of the slowest node.
 
-``--even`` searches for the density at which a sparse allgather takes as long as a dense allreduce.
+``--even`` searches for the density at which a sparse allgather takes as long as a dense allreduce.  ``--paths``
+compares messages that all ranks gather with messages that are added inside the nodes first, and a mean in blocks of
+int8 with a dense one.
 """
 
 from __future__ import annotations
@@ -40,6 +42,10 @@ RANKS = NODES * PER_NODE
 RATES = ("1gbit", "100mbit")
 BREAK_EVEN_SHAPES, BREAK_EVEN_ELEMENTS = ((2, 1), (4, 1), (8, 1), (4, 2)), 1 << 20
 BREAK_EVEN_DENSITIES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6)
+PATH_SHAPES = {(4, 2): 1 << 24, (8, 2): 1 << 22}
+"""The elements by nodes and ranks on each; sixteen ranks share the memory of one machine."""
+PATHS = ("allgather", "node", "auto")
+"""Arguments of ``feedback``: flat, node-aware, and what it chooses."""
 TUNED, TUNED_SIZES = "native,ring,butterfly,bruck", "1Ki,64Ki,1Mi"
 """Algorithms of the allgather that are tuned first, and the bytes of their results."""
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
@@ -125,22 +131,33 @@ def dense(comm: Any, gradient: Any) -> Call:
     return lambda: comm.Allreduce(gradient, out)
 
 
-def feedback_exchange(compressor: Callable[[], Any], momentum: float = 0.0) -> Make:
+def feedback_exchange(compressor: Callable[[], Any], momentum: float = 0.0, path: str = "auto") -> Make:
     """Every rank compresses its own gradient."""
 
     def make(comm: Any, gradient: Any) -> Call:
         from hpccomm.algorithms.error_feedback import feedback
 
-        method = feedback(compressor(), comm, momentum)
-        state = [method.init(gradient)]
-
-        def call() -> Any:
-            mean, state[0] = method.update(gradient, state[0], gradient)
-            return mean
-
-        return call
+        return update_of(feedback(compressor(), comm, momentum, exchange=path), gradient)
 
     return make
+
+
+def blocks(comm: Any, gradient: Any) -> Call:
+    """A mean in blocks of int8, in two phases."""
+    from hpccomm import block_mean
+
+    return update_of(block_mean(comm, "int8"), gradient)
+
+
+def update_of(method: Any, gradient: Any) -> Call:
+    """Updates of a method, one after the other."""
+    state = [method.init(gradient)]
+
+    def call() -> Any:
+        mean, state[0] = method.update(gradient, state[0], gradient)
+        return mean
+
+    return call
 
 
 def topk() -> Any:
@@ -241,6 +258,14 @@ EXCHANGE_METHODS = (
 )
 
 
+PATH_METHODS = {
+    "dense": dense,
+    "int8": blocks,
+    **{f"DGC 0.1 %, {path}": feedback_exchange(topk, 0.9, path) for path in PATHS},
+    **{f"GTC 0.1 %, {path}": feedback_exchange(threshold, 0.0, path) for path in PATHS},
+}
+
+
 # What each rank does
 
 
@@ -312,6 +337,22 @@ def work_break_even(rounds: int) -> dict[str, list[float]]:
         calls[str(density)] = partial(sparse_allreduce, world, index, gradient[index], n, algorithm="allgather")
     turns = {name: partial(harness.time_collective, world, call) for name, call in calls.items()}
     return harness.take_turns(turns, rounds, warmup=0)
+
+
+def work_paths(rounds: int, elements: int) -> dict[str, list[float]]:
+    """On every rank: seconds of the ways in :data:`PATH_METHODS`, which take turns in an order that changes."""
+    import numpy as np
+    from mpi4py import MPI
+
+    from hpccomm.communicator import Communicator
+
+    world = Communicator(MPI.COMM_WORLD)
+    gradient = np.random.default_rng(world.rank).standard_normal(elements, np.float32)
+    turns = {
+        title: partial(harness.time_collective, world, make(world, gradient), BACK_TO_BACK if "%" in title else 1)
+        for title, make in PATH_METHODS.items()
+    }
+    return harness.take_turns(turns, rounds, shuffle=True)
 
 
 # What is measured
@@ -417,6 +458,22 @@ def break_even_table(records: Sequence[dict[str, Any]]) -> str:
     return f"{title}\n\n{harness.table(head, rows, words=2)}"
 
 
+def path_table(records: Sequence[dict[str, Any]]) -> str:
+    """Times, int8 by dense, and flat by node-aware, round by round."""
+    rows = []
+    for record in records:
+        (nodes, per_node), found = record["shape"], record["seconds"]
+        cells = [record["rate"], f"{nodes} x {per_node}", str(4 * PATH_SHAPES[nodes, per_node] >> 20)]
+        cells += [harness.spread(found[title], unit=1e3) for title in PATH_METHODS]
+        cells.append(harness.spread(harness.ratios(found["int8"], found["dense"]), ".2f"))
+        for name in ("DGC 0.1 %", "GTC 0.1 %"):
+            cells.append(harness.spread(harness.ratios(found[f"{name}, allgather"], found[f"{name}, node"]), ".2f"))
+        rows.append(cells)
+    ways = (f"{title}, ms" for title in PATH_METHODS)
+    head = ("link", "nodes x ranks", "MB", *ways, "int8 / dense", "DGC, allgather / node", "GTC, allgather / node")
+    return harness.table(head, rows, words=2)
+
+
 # Pictures
 
 
@@ -509,26 +566,38 @@ def main() -> int:
     parser.add_argument("--rate", action="append", help=f"of the links (default: {' and '.join(RATES)})")
     parser.add_argument("--only", default="", help="ways with this in their title")
     parser.add_argument("--even", action="store_true", help="densities at which sparse and dense are even, instead")
+    parser.add_argument("--paths", action="store_true", help="flat and node-aware messages, int8 and dense, instead")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--elements", type=int, help=argparse.SUPPRESS)
     args = harness.parse(parser)
     if args.work:
-        found = work_break_even(args.rounds) if args.even else work(args.rounds, args.only)
+        found: Any = (
+            work_paths(args.rounds, args.elements)
+            if args.paths
+            else work_break_even(args.rounds)
+            if args.even
+            else work(args.rounds, args.only)
+        )
         harness.write_on_rank0(args.work, found)
         return 0
-    record = harness.Record(args.file, identify, ["records", "even"], args.seconds)
+    record = harness.Record(args.file, identify, ["records", "even", "paths"], args.seconds)
     words = ["--rounds", str(args.rounds), *(["--even"] if args.even else ["--only", args.only])]
 
     def measure(rate: str, *shape: int) -> dict[str, Any]:
+        if args.paths:
+            words[2:] = ["--paths", "--elements", str(PATH_SHAPES[shape[0], shape[1]])]
         if shape:
             return {"rate": rate, "shape": shape, "seconds": launch_work((shape[0], shape[1]), rate, words)}
         return {"rate": rate, **launch_work((NODES, PER_NODE), rate, words)}
 
-    shapes = BREAK_EVEN_SHAPES if args.even else [()]
-    keys = [(rate, *shape) for rate in args.rate or RATES for shape in shapes]
-    record.recall_all(keys, lambda key: measure(*key), "even" if args.even else "records")
+    shapes: Sequence[Any] = list(PATH_SHAPES) if args.paths else BREAK_EVEN_SHAPES if args.even else [()]
+    keys = [(rate, *shape) for rate in args.rate or RATES[args.paths :] for shape in shapes]
+    record.recall_all(keys, lambda key: measure(*key), "paths" if args.paths else "even" if args.even else "records")
     for rows in record.lists.values():
         rows.sort(key=lambda each: -rate_of(each["rate"]))
-    harness.emit(*map(table, record.rows), *([break_even_table(record.lists["even"])] if record.lists["even"] else []))
+    harness.emit(*map(table, record.rows))
+    harness.emit(*([break_even_table(record.lists["even"])] if record.lists["even"] else []))
+    harness.emit(*([path_table(record.lists["paths"])] if record.lists["paths"] else []))
     plot = harness.plot_file(args, args.file)
     draw(record.data, plot)
     if record.rows:

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import harness
+from hpccomm.arguments import flag_of
 from hpccomm.cluster.nodes import Cluster
 from hpccomm.train.figure import seconds_of
 
@@ -106,9 +107,14 @@ def main() -> int:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--batch-size", type=int, default=256, help="samples of a step over all ranks, default 256")
+    parser.add_argument("--framework", default="numpy", help="torch: a GPT of six layers, default numpy")
     args = harness.parse(parser)
     record = harness.Record(args.file, lambda run: (run["shape"], run["method"], run["seed"]), seconds=args.seconds)
-    more = ["--epochs", str(args.epochs), "--samples", str(args.samples)]
+    for name in ("framework", "batch_size"):
+        record.require(name, getattr(args, name))
+    flags = {name: getattr(args, name) for name in ("epochs", "samples", "batch_size", "framework")}
+    more = [word for name, value in flags.items() for word in (flag_of(name), str(value))]
     for shape in args.shape:
         keys = [(shape.title, name, seed) for seed in harness.integers(args.seeds) for name in args.methods.split(",")]
         if record.lacks(keys):

@@ -150,6 +150,8 @@ class Context:
         self.closed = False
         self.queue: Any = None
         """The calls of progress threads (:mod:`hpccomm.progress`)."""
+        self.waiters = 0
+        """In a progress thread, the address of the number of threads that wait for its calls."""
         self.levels: dict[str, MPI.Intracomm] = {}
         self.stage = 0
         """0 before the first collective; rises when calls may run in another way than before."""
@@ -254,7 +256,7 @@ class Context:
     @Once
     def messages(self) -> MessageTransport:
         """Messages of schedules."""
-        return MessageTransport(self.private_comm, self.stray_message_error)
+        return MessageTransport(self.private_comm, self.stray_message_error, self.waiters)
 
     def prepare(self, name: str) -> None:
         """Set up what collectives need, at the first one, which is called ``name`` (collective).

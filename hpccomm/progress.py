@@ -22,6 +22,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
 from hpccomm.calls.consistency import reports
@@ -75,7 +76,13 @@ class Call:
                 f"{self.text}: this process was forked while the call was under way, which its parent completes: "
                 "wait before the fork, or start processes by spawn"
             )
-        return self._complete.wait(seconds)
+        with _state.lock:
+            _state.waiters[0] += 1
+        try:
+            return self._complete.wait(seconds)
+        finally:
+            with _state.lock:
+                _state.waiters[0] -= 1
 
     def run(self, find_channel: Callable[[Call], Any]) -> None:
         """Run the call on the channel and keep its result or its exception, which is also printed."""
@@ -185,6 +192,7 @@ class Queue:
             await_request((self._channel or self._context).private_comm.Ibarrier())
         if self._channel is None:
             self._channel = self._make_channel(create_private_comm(self._context.private_comm), call.algorithm)
+            self._channel._own_context.waiters = _state.waiters.ctypes.data
         if self._channel.algorithm != call.algorithm:
             self._channel.algorithm = call.algorithm
         return self._channel
@@ -289,6 +297,8 @@ class State:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.waiters = np.zeros(1, np.int64)
+        """The number of threads that wait for calls, for compiled code."""
         self.idle: list[Worker] = []
         self.queues: weakref.WeakSet[Queue] = weakref.WeakSet()
         self.driver: Driver | None = None

@@ -596,6 +596,14 @@ def test_arguments_that_cannot_be_meant_are_refused(make: Callable[[Any], Any], 
         run_on_ranks(1, make)
 
 
+@pytest.mark.parametrize("compressor", [hpccomm.threshold(0.5), hpccomm.topk(0.1), hpccomm.qsgd(), hpccomm.ternary()])
+def test_vectors_whose_indices_do_not_fit_are_refused_before_they_are_read(compressor: Any) -> None:
+    """8 GB that nobody touches."""
+    vector = np.empty(1 << 31, "f4")
+    with pytest.raises(ArgumentError, match=r"2147483648 elements: split them into buckets below 2\*\*31"):
+        run_on_ranks(1, lambda comm: hpccomm.feedback(compressor, comm).init(vector))
+
+
 @pytest.mark.mpi(sizes=(3,))
 def test_over_mpi_the_methods_give_the_bits_of_threads(comm: hpccomm.Communicator) -> None:
     for name, make in METHODS.items():

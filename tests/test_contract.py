@@ -12,6 +12,8 @@ import pytest
 import hpccomm
 from hpccomm.algorithms.checkpoints import group_sizes, load_state_dict, state_dict
 from hpccomm.algorithms.local_steps import PeriodicTransform
+from hpccomm.algorithms.loss_scaling import LossScale
+from hpccomm.algorithms.sharded.units import Outcome, ShardedModel, adamw
 from hpccomm.algorithms.states import RankChange, leaves, leaves_with_changes, snapshot
 from hpccomm.algorithms.transforms import Transform, chain, descend, momentum
 from hpccomm.errors import ArgumentError
@@ -347,17 +349,144 @@ def test_every_state_can_be_reported_and_takes_trees(name: str) -> None:
     run_on_ranks(2, body, nodes=NODES[2])
 
 
+# Models whose states are sharded over the ranks
+
+
+class ShardedRow(NamedTuple):
+    """A sharded model, and how many ranks may take which steps."""
+
+    make: Callable[[Any], ShardedModel]
+    same_steps: bool = True
+    """Whether any number of ranks takes the same steps, to the bit; else norms or codes depend on the division."""
+
+
+SIXTEEN: dict[str, Any] = {"dtype": "f2", "loss_scale": LossScale(4.0, 3)}
+TRIO: dict[str, Any] = {"weight_code": "int8", "gradient_code": "int8", "secondary_shard": True}
+SHARDED_MODELS: dict[str, ShardedRow] = {
+    "mics": ShardedRow(lambda comm: hpccomm.mics(comm, units(), adamw(0.05), 2)),
+    "mics of one": ShardedRow(lambda comm: hpccomm.mics(comm, units(), adamw(0.05), 1)),
+    "mics momentum": ShardedRow(lambda comm: hpccomm.mics(comm, units(), HEAVY, 2)),
+    "mics 16 bits": ShardedRow(lambda comm: hpccomm.mics(comm, units(), adamw(0.05), 2, **SIXTEEN)),
+    "mics lamb": ShardedRow(lambda comm: hpccomm.mics(comm, units(), lamb_of, 2), False),
+    "mics clipped": ShardedRow(lambda comm: hpccomm.mics(comm, units(), HEAVY, 2, max_norm=1.0), False),
+    "zero 1": ShardedRow(lambda comm: hpccomm.zero(comm, units(), adamw(0.05), stage=1)),
+    "zero 2": ShardedRow(lambda comm: hpccomm.zero(comm, units(), adamw(0.05), stage=2, **SIXTEEN)),
+    "zero 3": ShardedRow(lambda comm: hpccomm.zero(comm, units(), adamw(0.05), offload=True)),
+    "zero++": ShardedRow(lambda comm: hpccomm.zero(comm, units(), adamw(0.05), **SIXTEEN, **TRIO), False),
+    "data parallel": ShardedRow(lambda comm: hpccomm.data_parallel(comm, units(), adamw(0.05))),
+}
+SHARDED_NODES = {2: [0, 0], 4: [0, 0, 1, 1], 8: [0, 0, 0, 0, 1, 1, 1, 1]}
+
+
+def units() -> dict[str, dict[str, Any]]:
+    return {"first": {"w": np.ones((12, 10), F32), "bias": np.ones(5, F32)}, "last": {"w": np.ones((5, 3), F32)}}
+
+
+def lamb_of(bucket: Any, reduce: Any) -> Transform:
+    return hpccomm.lamb(bucket, 0.05, norm_reduce=reduce)
+
+
+def shard_steps(model: ShardedModel, rank: int, first: int, last: int, fill: float | None = None) -> list[Outcome]:
+    """Steps of two micro-steps, whose sums are exact and whose means are the same on 2, 4 and 8 ranks."""
+    found = []
+    for number in range(first, last):
+        for micro in range(2):
+            for unit, tensors in units().items():
+                rng = np.random.default_rng([number, micro, len(unit)])
+                values = {name: rng.integers(-8, 9, w.shape) / 4 + rank % 2 / 2 for name, w in tensors.items()}
+                given = {name: each if fill is None else np.full_like(each, fill) for name, each in values.items()}
+                scaled = {name: (each * model.loss_scale.value).astype(model.dtype) for name, each in given.items()}
+                model.reduce_accumulate(unit, scaled)
+        found.append(model.boundary())
+    return found
+
+
+def whole_of(model: ShardedModel) -> bytes:
+    """All weights."""
+    return b"".join(each.tobytes() for _, tensors in model.consolidate() for each in tensors.values())
+
+
+@pytest.mark.parametrize("name", SHARDED_MODELS)
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("new", [2, 4, 8])
+def test_a_sharded_model_goes_on_from_its_files_on_any_number_of_ranks(
+    name: str, at: int, new: int, tmp_path: Path
+) -> None:
+    row = SHARDED_MODELS[name]
+
+    def body(comm: Any, goes_on: bool) -> tuple[bytes, bytes, LossScale]:
+        model = row.make(comm)
+        if goes_on:
+            assert hpccomm.load_shards(tmp_path, "run", model) == {}
+        else:
+            shard_steps(model, comm.rank, 0, at)
+            hpccomm.save_shards(tmp_path, "run", model)
+        kept = whole_of(model)
+        shard_steps(model, comm.rank, at, at + 3)
+        found = kept, whole_of(model), model.loss_scale
+        model.close()
+        return found
+
+    wanted = run_on_ranks(4, lambda comm: body(comm, False), nodes=SHARDED_NODES[4])
+    found = run_on_ranks(new, lambda comm: body(comm, True), nodes=SHARDED_NODES[new])
+    assert all(each == wanted[0] for each in wanted)
+    assert all(each == found[0] for each in found)
+    assert (found[0][0], found[0][2]) == (wanted[0][0], wanted[0][2])
+    if row.same_steps or new == 4:
+        assert found[0][1] == wanted[0][1]
+    assert np.isfinite(np.frombuffer(found[0][1], F32)).all()
+
+
+@pytest.mark.parametrize("name", SHARDED_MODELS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_sharded_model_skips_a_gradient_that_is_not_finite(name: str, bad: float) -> None:
+    def body(comm: Any) -> bytes:
+        model = SHARDED_MODELS[name].make(comm)
+        shard_steps(model, comm.rank, 0, 2)
+        before, factor = whole_of(model), model.loss_scale.value
+        with np.errstate(invalid="ignore"):
+            (outcome,) = shard_steps(model, comm.rank, 2, 3, bad if comm.rank == comm.size - 1 else None)
+        assert outcome.overflow
+        assert model.loss_scale.value == (factor / 2 if model.loss_scale.interval else factor)
+        assert whole_of(model) == before
+        assert not any(each.overflow for each in shard_steps(model, comm.rank, 3, 6))
+        found = whole_of(model)
+        model.close()
+        assert np.isfinite(np.frombuffer(found, F32)).all()
+        assert found != before
+        return found
+
+    assert len(set(run_on_ranks(4, body, nodes=SHARDED_NODES[4]))) == 1
+
+
+@pytest.mark.parametrize("name", SHARDED_MODELS)
+@pytest.mark.parametrize("zeros", ["first", "every other", "always"])
+def test_gradients_of_zero_stop_no_sharded_model(name: str, zeros: str) -> None:
+    def body(comm: Any) -> None:
+        model = SHARDED_MODELS[name].make(comm)
+        for number in range(12):
+            none = {"first": number == 0, "every other": number % 2 == 0, "always": True}[zeros]
+            shard_steps(model, comm.rank, number, number + 1, 0.0 if none else 1.0)
+        weights = np.frombuffer(whole_of(model), F32)
+        model.close()
+        assert np.isfinite(weights).all()
+        if zeros != "always":
+            assert (weights < 1).all()
+
+    run_on_ranks(2, body, nodes=SHARDED_NODES[2])
+
+
 def test_the_table_has_every_method() -> None:
     """A public name that takes a communicator and makes a transform is used by a row, or is a part of others."""
     source = Path(__file__).read_text()
     makers = [name for name in hpccomm.__all__ if "comm: MPI.Intracomm" in signature_of(name)]
     assert {"gtc", "bmuf", "mean"} <= set(makers)
-    missing = [name for name in makers if f"hpccomm.{name}" not in source]
+    missing = [name for name in (*makers, *SHARDED[:-1]) if f"hpccomm.{name}" not in source]
     assert missing == []
 
 
 SHARDED = ("mics", "zero", "data_parallel", "ParameterServer")
-"""Names with tests of their own: their states live in objects."""
+"""Names whose states live in objects: sharded models have a table of their own, the parameter server has own tests."""
 
 
 def signature_of(name: str) -> str:

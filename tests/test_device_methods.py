@@ -17,6 +17,7 @@ from fake_library import LIBRARY, Array
 
 import hpccomm
 from hpccomm import ArgumentError
+from hpccomm.algorithms import states as state_trees
 from hpccomm.algorithms.deep_gradient_compression import dgc
 from hpccomm.algorithms.error_feedback import FeedbackState, feedback
 from hpccomm.algorithms.large_batch import lamb, lars
@@ -193,6 +194,36 @@ def test_a_named_exchange_that_the_device_does_not_have_is_refused(launcher: Emu
         return True
 
     assert run_on_ranks(2, refuse) == [True, True]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda comm: gtc(comm, 0.5),
+        lambda comm: dgc(comm, BUCKET, 0.05, smallest=1, momentum=0.5),
+        lambda comm: onebit_adam(comm, 0.1, 2, bucket=BUCKET),
+        hpccomm.block_mean,
+    ],
+)
+def test_states_on_a_device_are_divided_over_other_ranks_as_those_on_the_host(make: Callable[[Any], Transform]) -> None:
+    def body(comm: Any) -> Any:
+        method, weights = make(comm), np.ones(BUCKET.size, "f4")
+        state = method.init(weights)
+        for step in range(3):
+            state = method.update(gradient_of(comm.rank, step), state, weights)[1]
+        return state
+
+    def move(path: str, leaf: Any) -> Any:
+        return LIBRARY.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+    states = run_on_ranks(3, body)
+    moved = [state_trees.map_leaves(move, each) for each in states]
+    for size in (1, 2, 3, 5):
+        for rank in range(size):
+            wanted, found = hpccomm.for_ranks(states, rank, size), hpccomm.for_ranks(moved, rank, size)
+            for (path, host), (_, leaf) in zip(state_trees.leaves(wanted), state_trees.leaves(found), strict=True):
+                assert isinstance(leaf, Array) == isinstance(host, np.ndarray), path
+                assert np.array_equal(host, leaf.get() if isinstance(leaf, Array) else leaf), path
 
 
 def test_a_nan_gradient_leaves_the_state_on_the_device_unchanged(launcher: Emulated) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fake_library import LIBRARY, Array
 
 import hpccomm
 from hpccomm.algorithms.device import run_on_host
+from hpccomm.algorithms.states import leaves
 from hpccomm.arrays import is_on_device
 from hpccomm.buckets import Bucket
 from hpccomm.kernels import cuda as cuda_kernels
@@ -79,9 +81,9 @@ BUCKETED: dict[str, Any] = {
 @pytest.mark.mpi(sizes=(1, 2), timeout=60)
 @pytest.mark.parametrize("method", BUCKETED)
 def test_buckets_on_the_device_take_the_steps_of_buckets_on_the_host(
-    comm: Any, monkeypatch: pytest.MonkeyPatch, method: str
+    comm: Any, monkeypatch: pytest.MonkeyPatch, method: str, tmp_path: Path
 ) -> None:
-    """Also after a step that is not finite, and after their states were saved and restored."""
+    """Also after a step that is not finite, and with new buckets after their states were saved and restored."""
     monkeypatch.setattr(cuda, "device", DeviceEverywhere)
     monkeypatch.setattr(cuda_kernels, "kernels", lambda: cuda_kernels.Kernels(Emulated(LIBRARY)))
     ours, found = hpccomm.Communicator(comm.Dup()), []
@@ -100,9 +102,14 @@ def test_buckets_on_the_device_take_the_steps_of_buckets_on_the_host(
                 assert type(step) is type(weights[name])
                 steps.append(step.get() if library is LIBRARY else step.copy())
                 weights[name] += step
-            if number == 3 and library is np:
-                exchange.restore_state(exchange.collect_state())
-        assert exchange.skipped == 1
+            if number == 3:
+                file, before = tmp_path / f"{library.__name__}.{ours.rank}.npz", exchange
+                hpccomm.save(file, method=before.collect_state())
+                exchange = hpccomm.BucketedExchange(ours, weights, BUCKETED[method], 150)
+                exchange.restore_state(hpccomm.load(file, method=exchange.collect_state())[0])
+                for (path, old), (_, new) in zip(leaves(before.state), leaves(exchange.state), strict=True):
+                    assert is_on_device(old) == is_on_device(new), path
+        assert before.skipped == 1
         found.append(steps)
         if library is LIBRARY:
             for name, array, why in (

@@ -417,6 +417,21 @@ def test_progress_is_quiet_at_first_and_then_says_how_long_it_takes() -> None:
     ]
 
 
+def test_progress_of_a_resumed_run_takes_its_rate_from_its_own_steps() -> None:
+    """50 steps of an earlier run, then 10 s to load it and one step every 2 s."""
+    now, out = [0.0], io.StringIO()
+    progress = Progress("hpccomm train", "step", 100, stream=out, clock=lambda: now[0])
+    now[0] = 10.0
+    progress.begin(51)
+    for done in range(51, 58):
+        progress.show(done, f"step {done} of 100")
+        now[0] += 2.0
+    assert out.getvalue().splitlines() == [
+        "hpccomm train: step 51 of 100, 10 s so far",
+        "hpccomm train: step 56 of 100, 20 s so far, about 88 s left",
+    ]
+
+
 def test_on_a_terminal_progress_is_one_line_that_disappears() -> None:
     now, out = [0.0], Terminal()
     progress = Progress("x", "size", 4, stream=out, clock=lambda: now[0])

@@ -65,6 +65,23 @@ def test_a_thread_that_makes_its_channel_while_handlers_run_is_waited_for() -> N
     assert "rank 0: the program ends while calls are under way" in done.stderr
 
 
+def test_a_thread_that_waits_for_messages_takes_no_core_of_the_program() -> None:
+    """Rank 1 comes a second late; rank 0 computes, or here does nothing, and then waits."""
+    program = """
+if me:
+    time.sleep(2)
+began = time.process_time()
+request = comm.Iallreduce(np.ones(1 << 20), z := np.zeros(1 << 20), algorithm="ring")
+time.sleep(1)
+say(f"used {time.process_time() - began < 0.3}")
+request.Wait()
+assert (z == 2).all()
+"""
+    first = "comm.Iallreduce(np.ones(1 << 20), np.zeros(1 << 20), algorithm='ring').Wait()\n"
+    done = run(2, first + program, HPCCOMM_SHARED_MEMORY="off", HPCCOMM_CONSISTENCY="off")
+    assert "0: used True" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_rank_that_ends_without_the_call_is_named() -> None:
     done = run(2, USED + "if me == 0:\n    comm.Iallreduce(x, y).Wait()")
     assert done.returncode != 0

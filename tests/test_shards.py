@@ -419,6 +419,17 @@ def test_nothing_is_saved_between_micro_steps(tmp_path: Path) -> None:
     run_on_ranks(2, body)
 
 
+@pytest.mark.parametrize("states", ["run", (np.zeros(3),), {"w": np.zeros(3)}, None])
+def test_what_is_no_sharded_model_is_refused_in_a_sentence(states: Any, tmp_path: Path) -> None:
+    for call in (
+        lambda: save_shards(str(tmp_path), "run", states),
+        lambda: load_shards(str(tmp_path), "run", states),
+        lambda: export(str(tmp_path / "model.npz"), states),
+    ):
+        with pytest.raises(ArgumentError, match=rf"the states are a {type(states).__name__}: pass what mics, zero or"):
+            call()
+
+
 def test_the_exported_model_is_arrays_by_name(tmp_path: Path) -> None:
     def body(comm: Any) -> Any:
         states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import hpccomm
-from benchmarks.slow_links import Echo, break_even_density, leader_exchange
+from benchmarks.slow_links import PATH_METHODS, Echo, break_even_density, leader_exchange, path_table
 from hpccomm.algorithms.error_feedback import feedback
 from hpccomm.collectives.compressed.onebit import onebit_allreduce, server_elements
 from hpccomm.collectives.compressed.sparse import sparse_allreduce
@@ -64,6 +64,22 @@ def test_an_echo_replaces_the_other_nodes_of_a_two_level_exchange() -> None:
     for real, echoed in run_on_ranks(6, exchange, nodes=[0, 0, 1, 1, 2, 2]):
         assert np.array_equal(real, 6 * gradient())
         assert np.array_equal(echoed, real)
+
+
+@pytest.mark.parametrize("name", PATH_METHODS)
+def test_flat_and_node_aware_messages_are_measured_beside_each_other(name: str) -> None:
+    def exchange(comm: Any) -> Any:
+        return PATH_METHODS[name](comm, gradient() + 1)()
+
+    found = run_on_ranks(4, exchange, nodes=[0, 0, 1, 1])
+    assert all(np.array_equal(each, found[0]) for each in found)
+
+
+def test_ratios_of_paths_are_taken_round_by_round() -> None:
+    seconds = {name: [1.0, 2.0] for name in PATH_METHODS} | {"int8": [0.25, 0.25], "GTC 0.1 %, node": [0.5, 0.5]}
+    line = path_table([{"rate": "100mbit", "shape": (4, 2), "seconds": seconds}]).splitlines()[2]
+    assert line.startswith("| 100mbit | 4 x 2 | 64 | ")
+    assert line.endswith("| **0.19** (0.12–0.25) | **1.00** (1.00–1.00) | **3.00** (2.00–4.00) |")
 
 
 def test_the_break_even_density_is_interpolated_on_logarithmic_scales() -> None:

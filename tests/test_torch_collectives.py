@@ -789,4 +789,17 @@ def test_monitored_barrier_names_missing_ranks() -> None:
         monitored_barrier(group=3)
 
 
+def test_a_rank_that_comes_late_to_monitored_barrier_raises_as_well() -> None:
+    from hpccomm.torch import monitored_barrier
+
+    if dist.get_world_size() == 1:
+        return
+    if dist.get_rank() == 0:
+        time.sleep(1.0)
+    with pytest.raises(MismatchError, match="0 did not call it" if dist.get_rank() else "has timed out before"):
+        monitored_barrier(timeout=timedelta(seconds=0.3))
+    dist.barrier()
+    monitored_barrier()
+
+
 __all__ = ["process_group"]

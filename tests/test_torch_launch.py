@@ -152,6 +152,29 @@ def test_a_mistake_ends_the_job_with_a_traceback(mistake: str, tmp_path: Path, e
         assert sentence in done.stderr, done.stderr
 
 
+@pytest.mark.slow
+def test_a_rank_that_crashes_ends_the_job_within_five_seconds(tmp_path: Path, entry_point: dict[str, str]) -> None:
+    program = write(
+        tmp_path,
+        """
+import time
+dist.init_process_group("hpccomm")
+dist.barrier()
+if dist.get_rank():
+    sys.stdout.write(f"crash {time.time()}\\n")
+    sys.stdout.flush()
+    raise KeyError("lost")
+dist.all_reduce(torch.ones(8))
+""",
+    )
+    done = run_under_mpi(3, program, timeout=100, environ=entry_point)
+    ended = time.time()
+    assert done.returncode != 0
+    assert "KeyError: 'lost'" in done.stderr
+    crashes = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("crash ")]
+    assert ended - max(crashes) < 5
+
+
 def write_late(folder: Path, late: int, seconds: int, how: str = "") -> str:
     """A program whose rank ``late`` comes so much later to the default group, which has a second for it."""
     return write(
@@ -216,6 +239,71 @@ sys.stdout.write("complete\\n")
     )
     done = run_under_mpi(3, program, timeout=100, environ=entry_point)
     check_lines(done, ["complete"] * 3)
+
+
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize("seconds", [3.0, 2.0])
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_comes_after_the_others_have_given_up_and_ended_is_told(
+    late: int, seconds: float, tmp_path: Path, entry_point: dict[str, str]
+) -> None:
+    """All ranks end alike.  Two seconds are the limit of the others, who have a second for the answer of rank 0."""
+    program = write(
+        tmp_path,
+        f"""
+import time
+from datetime import timedelta
+from mpi4py import MPI
+if MPI.COMM_WORLD.rank == {late}:
+    time.sleep({seconds})
+began = time.monotonic()
+try:
+    dist.init_process_group("hpccomm", init_method="mpi://", timeout=timedelta(seconds=1))
+    dist.barrier()
+    sys.stdout.write("made\\n")
+except RuntimeError as error:
+    assert time.monotonic() - began < 10
+    sys.stdout.write(str(error).partition(": ")[2] + "\\n")
+""",
+    )
+    done = run_under_mpi(3, program, timeout=100, environ=entry_point)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line)
+    if seconds == 2.0 and lines == ["made"] * 3:
+        return
+    assert len(lines) == 3, done.stderr
+    assert all(line.startswith("init_process_group timed out after 1 s, missing: ") for line in lines), lines
+    assert late or any("ranks 1, 2 (ranks 1, 2 timed out before)" in line for line in lines), lines
+
+
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_group_that_some_ranks_have_given_up_is_made_by_none(
+    late: int, tmp_path: Path, entry_point: dict[str, str]
+) -> None:
+    program = write(
+        tmp_path,
+        f"""
+import time
+from datetime import timedelta
+dist.init_process_group("hpccomm")
+if dist.get_rank() == {late}:
+    time.sleep(3)
+try:
+    dist.new_group(timeout=timedelta(seconds=1))
+except RuntimeError as error:
+    sys.stdout.write(str(error).partition(": ")[2] + "\\n")
+dist.barrier()
+dist.barrier(dist.new_group())
+""",
+    )
+    done = run_under_mpi(3, program, timeout=100, environ=entry_point)
+    assert done.returncode == 0, done.stderr
+    first, *others = sorted(line for line in done.stdout.splitlines() if line)
+    assert first.startswith("the group of ranks 0, 1, 2 cannot be made, rank "), done.stdout
+    assert " has waited and timed out before: make all ranks call new_group" in first
+    wanted = f"the group of ranks 0, 1, 2 was not made in 1 s, missing: rank {late}: "
+    assert [line[: len(wanted)] for line in others] == [wanted] * 2, done.stdout
 
 
 @pytest.mark.slow(keep=1)

@@ -473,6 +473,18 @@ def test_mics_is_data_parallel_training_in_two_hops() -> None:
 
 
 @pytest.mark.mpi(sizes=(4,), timeout=300)
+def test_a_second_hop_with_few_elements_sends_less_than_a_fortieth_of_a_dense_one() -> None:
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    sent = []
+    for make in (hpccomm.mean, partial(hpccomm.gtc, density=0.005)):
+        model = shard_on(mesh["shard"])
+        hop = second_hop(model, mesh.get_group("replicate"), make)
+        run_steps(model, torch.optim.SGD(model.parameters(), 0.05), 0, 10)
+        sent.append(sum(hpccomm.report(each).cost.wire_bytes for each in hop.states.values()))
+    assert sent[1] < sent[0] / 40
+
+
+@pytest.mark.mpi(sizes=(4,), timeout=300)
 @pytest.mark.parametrize("name", ["gtc", "int8", "onebit"])
 def test_mics_with_a_compressed_second_hop_sends_less_and_continues_with_the_same_bits(name: str) -> None:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))

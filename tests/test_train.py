@@ -20,6 +20,7 @@ import hpccomm
 from hpccomm.algorithms.exchange import allreduce_bytes, synchronous_adam, synchronous_sgd
 from hpccomm.algorithms.transforms import Transform
 from hpccomm.buckets import Bucket
+from hpccomm.commands import progress
 from hpccomm.commands import train as command
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
@@ -441,6 +442,35 @@ def test_the_command_writes_what_it_measured(comm: MPI.Intracomm, tmp_path: Path
         )
         keys = ["epoch", "loss", "accuracy", "compute_s", "communication_s", "step_s", "wire_bytes", "ratio"]
         assert [list(epoch) for epoch in found["epochs"]] == [keys, keys]
+
+
+STEPS_SHOWN: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "dense": (0, 23, ("digits",)),
+    "ps": (1, 23, ("digits", "--method", "ps")),
+    "mics": (0, 4, ("stdlib", "--method", "mics", "--samples", "200", "--batch-size", "50", "--width", "8")),
+}
+"""The rank that shows how far a run is, the steps of an epoch, and the arguments."""
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize("name", STEPS_SHOWN)
+def test_progress_counts_the_steps_of_the_whole_run(
+    comm: MPI.Intracomm, capsys: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first rank that steps, which is a worker beside servers; also those before a resume."""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    rank, each, arguments = STEPS_SHOWN[name]
+    folder = ("--checkpoint", comm.bcast(str(tmp_path / "kept"))) if name != "ps" else ()
+    for before, epochs in ((0, 1), (each, 3)):
+        assert run(*arguments, *folder, "--epochs", str(epochs), "--progress") == 0
+        shown = capsys.readouterr().err.splitlines()
+        first = before if folder else 0
+        wanted = range(first + 1, epochs * each + 1) if comm.rank == rank else []
+        assert [line.split(",")[0] for line in shown] == [
+            f"hpccomm train: step {done} of {epochs * each}" for done in wanted
+        ]
+        assert ["left" in line for line in shown] == [done > first + 1 for done in wanted]
 
 
 @pytest.mark.slow

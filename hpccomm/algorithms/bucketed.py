@@ -29,6 +29,8 @@ from hpccomm.algorithms.states import (
     leaves_with_changes,
     map_declared,
     map_parts,
+    move_like,
+    move_to_host,
     skip_step,
 )
 from hpccomm.algorithms.tensor_states import join_states, split_state
@@ -368,7 +370,7 @@ class BucketedExchange:
     def collect_state(self) -> tuple[Any, ...]:
         """The state of every tensor, in the order of the weights, for checkpoints and :func:`hpccomm.for_ranks`.
 
-        Collective, between steps.  It does not depend on ``bucket_bytes``.
+        Collective, between steps.  It lies in the host's memory and does not depend on ``bucket_bytes``.
         """
         self._check_usable("collect_state", between=True)
         return self._run("collect states", self._split_states)  # type: ignore[no-any-return]
@@ -376,7 +378,7 @@ class BucketedExchange:
     def _split_states(self, channel: Any) -> tuple[Any, ...]:
         found: dict[str, Any] = {}
         for bucket in self.buckets:
-            parts = split_state(bucket.state, self._states_of_tensors(bucket, channel), channel)
+            parts = split_state(move_to_host(bucket.state), self._states_of_tensors(bucket, channel), channel)
             found |= zip(bucket.weights, parts, strict=True)
         return tuple(found[name] for name, first in self._tied.items() if name == first)
 
@@ -408,10 +410,11 @@ class BucketedExchange:
             )
         for bucket in self.buckets:
             like = bucket.method.init(bucket.flatten_weights())
-            bucket.state = join_states([states[name] for name in bucket.weights], like, channel)
+            joined = join_states([states[name] for name in bucket.weights], move_to_host(like), channel)
+            bucket.state = move_like(joined, like)
 
     def _states_of_tensors(self, bucket: BucketInFlight, channel: Any) -> list[Any]:
-        """A new state of each tensor alone."""
+        """A new state of each tensor alone, in the host's memory."""
         layouts = [TreeLayout({name: weight}) for name, weight in bucket.weights.items()]
         if not bucket.methods:
             by_tensor = needs_bucket(self._make)
@@ -419,7 +422,7 @@ class BucketedExchange:
                 make_method(self._make, channel, each.bucket) if by_tensor else bucket.method for each in layouts
             ]
         pairs = zip(bucket.methods, layouts, strict=True)
-        return [method.init(each.flatten(each.like, "weights")) for method, each in pairs]
+        return [move_to_host(method.init(each.flatten(each.like, "weights"))) for method, each in pairs]
 
     def flush(self) -> dict[str, Any]:
         """The step of all gradients that were not sent, as :func:`hpccomm.flush` (collective, between steps)."""

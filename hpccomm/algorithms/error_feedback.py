@@ -198,8 +198,9 @@ class FeedbackExchange:
 
     def init(self, weights: Vector) -> FeedbackState:
         """Nothing is unsent."""
-        zeros = np.zeros_like(check_flat(weights, self.compressor.name, self.compressor.on_device))
+        check_flat(weights, self.compressor.name, self.compressor.on_device)
         require(weights.size < MAX_ELEMENTS, f"{self.compressor.name}: {weights.size} elements: {TOO_LONG}")
+        zeros = np.zeros_like(weights)
         headers = np.zeros((len(self.slices_of(weights)), HEADER_BYTES), np.uint8)
         moved = np.zeros_like(zeros) if self.momentum else None
         summed = self.reduce == "sum"

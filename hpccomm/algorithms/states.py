@@ -23,6 +23,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.arrays import to_device_like, to_host
 from hpccomm.errors import ArgumentError
 from hpccomm.performance.units import format_count
 
@@ -184,6 +185,17 @@ def rebuild(like: Any, values: list[Any]) -> Any:
     )
 
 
+def move_to_host(state: Any) -> Any:
+    """The state with all arrays in the host's memory; those on a device are copied."""
+    return map_leaves(lambda path, leaf: to_host(leaf), state)
+
+
+def move_like(state: Any, like: Any) -> Any:
+    """The state with all arrays where those of a state of the same form are."""
+    places = dict(leaves(like))
+    return map_leaves(lambda path, leaf: to_device_like(leaf, places[path]), state)
+
+
 def scale_unsent(state: Any, factor: float) -> Any:
     """The state with all that was not sent multiplied by a number."""
 
@@ -204,7 +216,8 @@ def for_ranks(states: Sequence[Any], rank: int, size: int, like: Any = None) -> 
     What ranks have not sent, and vectors of their own, become the mean of the old ranks', or where the exchange sums,
     their sum over the new number: the pending update is preserved, to one rounding an element after sums in float64.
     Shards are concatenated and divided again.  All else is the same on all old ranks, or copied from one of them; the
-    types of the states declare which is which.  Groups of a two-tier method keep their size; ``like``, what ``init``
+    types of the states declare which is which.  Arrays on a device are divided on the host, and the new ones lie on
+    that device.  Groups of a two-tier method keep their size; ``like``, what ``init``
     returns on the new ranks, tells it where one group was all old ranks.  Where ``size`` is the old number, each rank
     gets a copy of its own state.
 
@@ -218,18 +231,20 @@ def for_ranks(states: Sequence[Any], rank: int, size: int, like: Any = None) -> 
         raise ArgumentError(f"for_ranks: rank {rank} of {size}, {old} states: pass all old ranks' states")
     if size == old:
         return snapshot(states[rank])
-    columns = [dict(leaves(each)) for each in states]
+    columns = [dict(leaves(move_to_host(each))) for each in states]
     for number, each in enumerate(columns):
         if each.keys() != columns[0].keys():
             raise ArgumentError(f"for_ranks: the states of ranks 0 and {number} are of different methods")
-        for path, leaf, change in leaves_with_changes(states[0]):
-            if change not in ANY_SHAPE and np.shape(leaf) != np.shape(each[path]):
+        for path, _, change in leaves_with_changes(states[0]):
+            shapes = np.shape(columns[0][path]), np.shape(each[path])
+            if change not in ANY_SHAPE and shapes[0] != shapes[1]:
                 raise ArgumentError(
-                    f"for_ranks: {path} has shape {np.shape(leaf)} on rank 0, {np.shape(each[path])} on rank {number}: "
+                    f"for_ranks: {path} has shape {shapes[0]} on rank 0, {shapes[1]} on rank {number}: "
                     "pass the states of one model"
                 )
     groups = {path: leaf for path, leaf, change in leaves_with_changes(like) if change is RankChange.GROUP}
-    return divide_anew(states[rank % old], columns, rank, size, groups)
+    own = states[rank % old]
+    return move_like(divide_anew(move_to_host(own), columns, rank, size, groups), own)
 
 
 def divide_anew(state: Any, columns: list[dict[str, Any]], rank: int, size: int, groups: Mapping[str, int]) -> Any:

@@ -87,6 +87,7 @@ class CompiledSchedule:
         )
         fill(run, requests=self.requests.ctypes.data, meetings=self.calls.ctypes.data)
         fill(run, comm=as_word(comm.handle), datatype=as_word(MPI.BYTE.handle), tag=tag)
+        fill(run, waiters=self.transport.waiters)
         fill(run, any_source=MPI.ANY_SOURCE, any_tag=MPI.ANY_TAG, **message_functions())
         status, (offset, shift) = MPI._addressof(self.status), tag_place()
         fill(run, status=status, tag_word=status + offset, tag_half=shift)

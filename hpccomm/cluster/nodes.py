@@ -72,6 +72,7 @@ class ClusterState(NamedTuple):
     nodes: int
     rate: str
     nics: int = 1
+    burst: int = 0
     processes: tuple[int, ...] = ()
     """Daemons, each the leader of its session."""
 
@@ -79,11 +80,12 @@ class ClusterState(NamedTuple):
 class Cluster:
     """A virtual cluster whose nodes have ``nics`` links each.
 
-    ``rate`` is that of a link in tc's notation (``1gbit``, ``100mbit``), or ``""`` for links without limit.
+    ``rate`` is that of a link in tc's notation (``1gbit``, ``100mbit``), or ``""`` for links without limit.  ``burst``
+    are the bytes that a link may send at once after a rest, by default what it carries in 1.5 ms.
     """
 
-    def __init__(self, nodes: int = 4, rate: str = "1gbit", name: str = "hpc", nics: int = 1) -> None:
-        self.state = ClusterState(name, nodes, rate, nics)
+    def __init__(self, nodes: int = 4, rate: str = "1gbit", name: str = "hpc", nics: int = 1, burst: int = 0) -> None:
+        self.state = ClusterState(name, nodes, rate, nics, burst)
 
     @classmethod
     def find(cls, name: str = "hpc") -> Cluster:
@@ -206,7 +208,7 @@ class Cluster:
         batch(made, switch)
         batch([f"addr add {self.address(host, link)}/24 dev {device}", f"link set {device} up"], inside)
         for namespace, end in ((inside, device), (switch, port)):
-            shape(namespace, end, self.state.rate)
+            shape(namespace, end, self.state.rate, self.state.burst)
 
     def down(self) -> None:
         """End the cluster's processes and remove it; does nothing if it is not up."""
@@ -360,11 +362,15 @@ def rate_of(rate: str) -> float:
     return float(found[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[found[2].lower()] if found else 0.0
 
 
-def shape(namespace: str, device: str, rate: str) -> None:
-    """Limit the rate at which a device sends."""
-    bits = rate_of(rate)
-    if bits:
-        burst = max(LEAST_BURST, int(bits / 8 * BURST_SECONDS))
+def default_burst(rate: str) -> int:
+    """The bytes that a link of this rate may send at once."""
+    return max(LEAST_BURST, int(rate_of(rate) / 8 * BURST_SECONDS))
+
+
+def shape(namespace: str, device: str, rate: str, burst: int = 0) -> None:
+    """Limit the rate at which a device sends, and the bytes that it sends at once."""
+    if rate_of(rate):
+        burst = burst or default_burst(rate)
         words = f"qdisc add dev {device} root tbf rate {rate} burst {burst} latency 50ms"
         run_command(["tc", "-n", namespace, *words.split()])
 

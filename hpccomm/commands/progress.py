@@ -32,7 +32,13 @@ class Progress:
         self.stream, self.clock = stream or sys.stderr, clock
         self.terminal = self.stream.isatty()
         self.began = clock()
+        self.first = 0.0, self.began
+        """The work and the time from which the rate is taken."""
         self.due, self.width = self.began + QUIET_SECONDS, 0
+
+    def begin(self, done: float) -> None:
+        """Take the rate from here on: ``done`` of the work was done before, or took longer than the rest will."""
+        self.first = done, self.clock()
 
     def show(self, done: float, what: str) -> None:
         """Show that ``done`` of the total work is done, and that ``what`` comes next, if a line is due."""
@@ -41,7 +47,9 @@ class Progress:
             return
         self.due = now + (TERMINAL_SECONDS if self.terminal else LINE_SECONDS)
         spent = now - self.began
-        left = f", about {format_seconds(spent * (self.total - done) / done)} left" if done else ""
+        before, since = self.first
+        rest = (now - since) * (self.total - done) / (done - before) if done > before else None
+        left = "" if rest is None else f", about {format_seconds(rest)} left"
         self.write(f"{self.label}: {what}, {format_seconds(spent)} so far{left}")
 
     def write(self, line: str) -> None:

@@ -378,8 +378,8 @@ def prepare(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
 
     if method.loop == "replicas":
         compile_first(comm, make(TRIAL_STEPS), library.zeros(Bucket(network.shapes).size, "f4"))
-    transform = make(steps)
-    return settings, network, transform, Console(comm, len(data.targets), settings, args.progress)
+    transform, steps_on = make(steps), args.servers if method.loop == "servers" else 0
+    return settings, network, transform, Console(comm, len(data.targets), settings, args.progress, steps_on)
 
 
 def compile_first(comm: Communicator, method: Any, weights: Any) -> None:
@@ -481,19 +481,23 @@ def row(name: str, epochs: list[dict[str, Any]]) -> str:
 
 
 class Console:
-    """What rank 0 shows of a run: a line for each epoch, and how far it is."""
+    """What a run shows: on rank 0 a line for each epoch; on rank ``steps_on``, the first that steps, how far it is."""
 
-    def __init__(self, comm: Communicator, samples: int, settings: Settings, wanted: bool) -> None:
+    def __init__(self, comm: Communicator, samples: int, settings: Settings, wanted: bool, steps_on: int = 0) -> None:
         from hpccomm.train.loop import count_steps
 
-        self.comm, self.steps, self.done = comm, count_steps(samples, settings), 0
-        shown = comm.rank == 0 and (wanted or sys.stderr.isatty())
+        self.comm, self.steps, self.begun = comm, count_steps(samples, settings), False
+        shown = comm.rank == steps_on and (wanted or sys.stderr.isatty())
         self.progress = Progress("hpccomm train", "step", self.steps, stream=None if shown else io.StringIO())
 
-    def count(self) -> None:
-        """One step is done."""
-        self.done += 1
-        self.progress.show(self.done, f"step {self.done} of {self.steps}")
+    def count(self, done: int) -> None:
+        """So many steps are done, those before a resume included."""
+        if not self.begun:
+            self.begun = True
+            self.progress.begin(done)
+        self.progress.show(done, f"step {done} of {self.steps}")
+        if done == self.steps:
+            self.progress.close()  # before rank 0 prints what follows
 
     def show(self, epoch: Epoch) -> None:
         """Print the line of an epoch."""

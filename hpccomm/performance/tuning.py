@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -161,7 +162,7 @@ class Table:
 
     def local_ranks(self, key: tuple[str, str, str]) -> list[int]:
         """The numbers of ranks on one node with rows of a (collective, datatype, memory)."""
-        return [per_node for nodes, per_node in self.series_of(key) if nodes == 1]
+        return [per_node for nodes, per_node in self.shapes_of(key) if nodes == 1]
 
     def choose_first_use(self, collective: str, per_node: int, nbytes: int, candidate: str, why: str) -> Choice:
         """What the first use of this size class has decided; before it, native MPI."""
@@ -195,10 +196,10 @@ class Table:
         if key not in self._nearest:
             found: Series | None = None
             for each in dict.fromkeys((dtype, "f4")):
-                shapes = self.series_of((collective, each, memory))
+                shapes = self.shapes_of((collective, each, memory))
                 near = min(shapes, key=lambda known: (distance_key(known, shape), known), default=None)
                 if near and distance(near, shape) <= REACH:
-                    found = shapes[near]
+                    found = self.series_at((collective, each, memory), near)
                     break
             self._nearest[key] = found
         return self._nearest[key]
@@ -209,20 +210,24 @@ class Table:
         return {}
 
     @cached_property
-    def _rows_of(self) -> dict[str, list[Row]]:
-        """The rows of the collectives that were asked for."""
-        return {}
+    def _rows_of(self) -> dict[tuple[str, str, str], dict[Shape, list[Row]]]:
+        """The rows by (collective, datatype, memory) and shape."""
+        found: dict[tuple[str, str, str], dict[Shape, list[Row]]] = defaultdict(lambda: defaultdict(list))
+        for row in self.rows:
+            found[row.collective, row.dtype, row.memory][row.nodes, row.per_node].append(row)
+        return found
 
-    def series_of(self, key: tuple[str, str, str]) -> dict[Shape, Series]:
-        """The rows of a (collective, datatype, memory) by shape and algorithm, of shapes with rows of native MPI."""
-        found: dict[Shape, Series] = {}
-        collective, dtype, memory = key
-        if collective not in self._rows_of:
-            self._rows_of[collective] = [row for row in self.rows if row.collective == collective]
-        rows = (row for row in self._rows_of[collective] if row.dtype == dtype and row.memory == memory)
-        for row in sorted(rows, key=attrgetter("bytes")):
-            found.setdefault((row.nodes, row.per_node), {}).setdefault(row.algorithm, []).append(row)
-        return {shape: series for shape, series in found.items() if "native" in series}
+    def shapes_of(self, key: tuple[str, str, str]) -> list[Shape]:
+        """The shapes with rows of native MPI of a (collective, datatype, memory)."""
+        shapes = self._rows_of.get(key, {})
+        return [shape for shape, rows in shapes.items() if any(row.algorithm == "native" for row in rows)]
+
+    def series_at(self, key: tuple[str, str, str], shape: Shape) -> Series:
+        """The rows of a (collective, datatype, memory) at a shape, by algorithm, in ascending order of bytes."""
+        found: Series = {}
+        for row in sorted(self._rows_of[key][shape], key=attrgetter("bytes")):
+            found.setdefault(row.algorithm, []).append(row)
+        return found
 
     def select_mpi(self, mpi: str) -> Table:
         """The rows of this MPI library, of any version; for collectives without such rows, those of all libraries."""

@@ -1,12 +1,22 @@
-"""The rendezvous of ranks that MPI's launcher has started: MPI tells them where torch's store listens."""
+"""The rendezvous of ranks that MPI's launcher has started: MPI tells them where torch's store listens.
+
+Calls of MPI would wait for ever for a rank that does not come.  So the ranks agree before, in messages to and from rank
+0, that all are here, each within a time limit of its own:
+
+1. Every rank sends COME.  If its time is over it sends GONE and raises; it may come again.
+2. Once all have come rank 0 sends ASK, and every rank answers SURE: from then on it obeys rank 0.
+3. If all are sure rank 0 sends GO; if one has gone, BACK to the others, which wait again as before.
+4. If its time is over rank 0 sends ABSENT, with the missing ranks, to all that are here; all of them raise.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+import time
 from datetime import timedelta
-from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,16 +34,21 @@ LOOPBACK = "127.0.0.1"
 CONNECT_SECONDS = 10
 """How long a rank tries one address of the store."""
 MEETING_TAG = 31_877
-"""The tag of the messages by which rank 0 learns which ranks have come, and tells them."""
+"""The tag of these messages."""
 GRACE_SECONDS = 1.0
 """How much longer than its limit a rank waits for rank 0, whose time may have begun later."""
 
-_arrivals: dict[int, Any] = {}
-"""On rank 0: the requests of messages that have not come, by rank."""
-_answer: list[Any] = []
-"""On the other ranks: what they wait for from rank 0: an array of which ranks are absent, and the requests."""
-_sent: list[Any] = []
-"""On rank 0: the answers that name absent ranks, which not all ranks may have received."""
+COME, GONE, SURE, ASK, BACK, GO, ABSENT = range(7)
+"""Kinds of messages; each holds its kind, the attempt of the rank, the round of the question, and marks of ranks."""
+HEADER = 3
+"""Numbers before the marks."""
+HERE, NEVER_CAME, HAS_GONE = range(3)
+"""Marks of ranks, in ABSENT."""
+
+SEND_SECONDS = 0.1
+"""How long a rank that raises lets MPI send its last messages."""
+
+_attempts, _rounds = count(1), count(1)
 
 
 def open_store(timeout: timedelta) -> tuple[Any, int, int]:
@@ -62,59 +77,159 @@ def open_store(timeout: timedelta) -> tuple[Any, int, int]:
 def await_ranks(world: Any, limit: float) -> None:
     """Wait until all ranks are here; after ``limit`` seconds raise MismatchError, naming the missing ones.
 
-    The calls of MPI that follow would wait for ever.  Every rank sends rank 0 one message, and rank 0 answers all ranks
-    that have come.  What has not been received when the time is over is received by the next call of this function: so
-    a rank that has caught the error may come again.
+    Either no rank raises or each does, also one that comes after others have raised; and all may come again.
     """
-    missing = await_others(world, limit) if world.rank == 0 else await_first(world, limit)
-    if missing:
+    marks = await_others(world, limit) if world.rank == 0 else await_first(world, limit)
+    if marks is not None:
         distributed_c10d._world.group_count = 0  # torch has counted this group; the names of others follow from it
         raise MismatchError(
-            f"rank {world.rank}: init_process_group timed out after {limit:g} s, missing: {missing}: make all ranks "
-            "call it"
+            f"rank {world.rank}: init_process_group timed out after {limit:g} s, missing: {describe(marks)}: make all "
+            "ranks call it"
         )
 
 
-def await_others(world: Any, limit: float) -> str:
-    """Rank 0: wait for the messages of all ranks and answer them; returns the missing ranks."""
-    for rank in range(1, world.size):
-        if rank not in _arrivals:
-            _arrivals[rank] = world.Irecv([None, 0, MPI.BYTE], rank, MEETING_TAG)
-    await_request(Together(list(_arrivals.values())), limit)
-    absent = np.zeros(world.size, np.uint8)
-    absent[list(_arrivals)] = [not each.Test() for each in _arrivals.values()]
-    here, missing = np.flatnonzero(absent == 0).tolist(), np.flatnonzero(absent).tolist()
-    answers = [world.Isend([absent, MPI.BYTE], each, MEETING_TAG) for each in here if each]
-    for rank in here:
-        _arrivals.pop(rank, None)
+def describe(marks: Any) -> str:
+    """The missing ranks, and those of them that were here before."""
+    missing, gone = (np.flatnonzero(each).tolist() for each in (marks, marks == HAS_GONE))
     if not missing:
-        MPI.Request.Waitall(answers)
-        return ""
-    _sent.append((answers, absent))
-    return format_ranks(missing)
-
-
-def await_first(world: Any, limit: float) -> str:
-    """The other ranks: wait for the answer of rank 0; returns the missing ranks."""
-    if _answer and _answer[1].Test() and _answer[0].any():
-        _answer.clear()  # the answer to a call of this function that has raised
-    if not _answer:
-        absent = np.ones(world.size, np.uint8)
-        answer = world.Irecv([absent, MPI.BYTE], 0, MEETING_TAG)
-        _answer[:] = absent, answer, world.Isend([None, 0, MPI.BYTE], 0, MEETING_TAG)
-    absent, answer, arrival = _answer
-    if not await_request(answer, limit + GRACE_SECONDS):
         return "rank 0, or ranks for which it waits"
-    arrival.Wait()
-    _answer.clear()
-    return format_ranks(np.flatnonzero(absent).tolist()) if absent.any() else ""
+    return format_ranks(missing) + (f" ({format_ranks(gone)} timed out before)" if gone else "")
 
 
-class Together:
-    """Several requests as one."""
+def await_others(world: Any, limit: float) -> Any:
+    """Rank 0: wait until all ranks are sure; None, or if the time is over the marks of all ranks."""
+    arrivals, until = Arrivals(world), time.monotonic() + limit
+    while not arrivals.is_complete:
+        rank, message = receive(world, MPI.ANY_SOURCE, until - time.monotonic())
+        if message is None:
+            marks = arrivals.marks()
+            arrivals.tell_all(ABSENT, marks)
+            await_request(OUTBOX, SEND_SECONDS)
+            return marks
+        arrivals.take(rank, *message[:HEADER].tolist())
+    arrivals.tell_all(GO)
+    return None
 
-    def __init__(self, requests: list[Any]) -> None:
-        self.Test = partial(MPI.Request.Testall, requests)
+
+class Arrivals:
+    """What rank 0 knows of the other ranks."""
+
+    def __init__(self, world: Any) -> None:
+        self.world = world
+        self.here: dict[int, int] = {}
+        """The attempt of each rank that has come."""
+        self.gone: set[int] = set()
+        self.sure: set[int] = set()
+        self.round = 0
+        """The number of the question that is under way, 0 if there is none."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all ranks are sure."""
+        return len(self.sure) == self.world.size - 1
+
+    def take(self, rank: int, kind: int, attempt: int, round_: int) -> None:
+        """Take a message of a rank; ask all when the last one has come."""
+        if kind == COME:
+            self.here[rank] = attempt
+            self.gone.discard(rank)
+        elif kind == SURE and round_ == self.round:
+            self.sure.add(rank)
+        elif kind == GONE:
+            self.here.pop(rank, None)
+            self.gone.add(rank)
+            if self.round:
+                self.tell_all(BACK)
+                self.round, self.sure = 0, set()
+        if not self.round and len(self.here) == self.world.size - 1:
+            self.round = next(_rounds)
+            self.tell_all(ASK)
+
+    def marks(self) -> Any:
+        """A mark for each rank."""
+        present = self.sure if self.round else self.here
+        found = [HERE if rank in present else HAS_GONE if rank in self.gone else NEVER_CAME for rank in self.everyone]
+        return np.array([HERE, *found], np.int32)
+
+    @property
+    def everyone(self) -> range:
+        """The other ranks."""
+        return range(1, self.world.size)
+
+    def tell_all(self, kind: int, marks: Any = ()) -> None:
+        """Send a message to all ranks that are here."""
+        for rank, attempt in self.here.items():
+            post(self.world, rank, kind, attempt, self.round, marks)
+
+
+def await_first(world: Any, limit: float) -> Any:
+    """The other ranks: answer rank 0 until it sends GO; None, or the marks of all ranks, which it may not know."""
+    attempt, sure, until = next(_attempts), False, time.monotonic() + limit + GRACE_SECONDS
+    post(world, 0, COME, attempt)
+    while True:
+        _, message = receive(world, 0, math.inf if sure else until - time.monotonic())
+        if message is None:
+            post(world, 0, GONE, attempt)
+            await_request(OUTBOX, SEND_SECONDS)
+            return np.zeros(world.size, np.int32)
+        kind, told, round_ = message[:HEADER].tolist()
+        if told != attempt:  # to an earlier one, which has raised
+            continue
+        if kind in (GO, ABSENT):
+            return None if kind == GO else message[HEADER:]
+        sure = kind == ASK
+        if sure:
+            post(world, 0, SURE, attempt, round_)
+
+
+def post(world: Any, rank: int, kind: int, attempt: int, round_: int = 0, marks: Any = ()) -> None:
+    """Send a message without waiting for it."""
+    OUTBOX.Test()
+    message = np.array([kind, attempt, round_, *marks], np.int32)
+    OUTBOX.requests.append(world.Isend([message, MPI.INT32_T], rank, MEETING_TAG))
+
+
+def receive(world: Any, source: int, seconds: float) -> tuple[int, Any]:
+    """The sender of the next message and what it holds, None if there is none within some seconds."""
+    mail, status = Mail(world, source), MPI.Status()
+    if not await_request(mail, seconds):
+        return source, None
+    message = np.zeros(HEADER + world.size, np.int32)
+    mail.message.Recv([message, MPI.INT32_T], status)
+    return status.source, message
+
+
+class Mail:
+    """The next message of a rank, as a request."""
+
+    def __init__(self, world: Any, source: int) -> None:
+        self.world, self.source = world, source
+        self.message: Any = None
+
+    def Test(self) -> bool:
+        """Whether it has come."""
+        self.message = self.world.Improbe(self.source, MEETING_TAG)
+        return self.message is not None
+
+
+class Outbox:
+    """The messages that may not have been sent, as one request."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+
+    def Test(self) -> bool:
+        """Whether all have been sent."""
+        self.requests = [each for each in self.requests if not each.Test()]
+        return not self.requests
+
+
+OUTBOX = Outbox()
+
+
+def decide(store: Any, key: str, choice: str) -> str:
+    """What ranks that share torch's store have decided: the choice of the first one that calls this."""
+    return str(store.compare_set(key, "", choice).decode())
 
 
 def connect(hosts: list[str], port: int, size: int, timeout: timedelta) -> Any:

@@ -18,12 +18,15 @@ from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.calls.watchdog import FREE_SECONDS
 from hpccomm.communicator import Communicator, install_abort_hook
 from hpccomm.errors import LaunchError, MismatchError
-from hpccomm.torch.meeting import await_ranks
+from hpccomm.torch.meeting import await_ranks, decide
 from hpccomm.torch.options import Options
 from hpccomm.transports.polling import await_request
 
 MEETING_SECONDS = 0.01
 """The longest time between two looks for the other ranks of a new group."""
+
+DECISION, MADE = "decision", "made"
+"""The key under which the first rank writes :data:`MADE`, if it has seen all, or its number, if its time was over."""
 
 _base: dict[str, Any] = {}
 """``"world"``: all ranks in torch's order; ``"comm"``, ``"options"``: those of the default group."""
@@ -70,7 +73,7 @@ def create(given: Any) -> tuple[Communicator, Any, Options | None]:
 def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
     """Wait in torch's store until all ranks make this group; raise MismatchError if one cannot, or names other ranks.
 
-    MPI, which makes the communicator, would wait for ever.
+    MPI, which makes the communicator, would wait for ever.  Whether it is made or given up is decided once for all.
     """
     store.set(f"member {me}", ",".join(map(str, ranks)))
     keys, began = [f"member {rank}" for rank in ranks], time.monotonic()
@@ -83,13 +86,16 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
             gone = [rank for rank in missing if rank in left]
             if gone:
                 raise MismatchError(f"{who} cannot be made, {format_ranks(gone)} left the program before: {remedy}")
-            if missing and waited > limit:
+            if missing and waited > limit and decide(store, DECISION, str(me)) != MADE:
                 raise MismatchError(f"{who} was not made in {limit:g} s, missing: {format_ranks(missing)}: {remedy}")
         time.sleep(min(MEETING_SECONDS, waited))
     named = {rank: store.get(key).decode() for rank, key in zip(ranks, keys, strict=True)}
     other = next((rank for rank in ranks if named[rank] != named[me]), None)
     if other is not None:
         raise MismatchError(f"{who}: rank {other} makes one of ranks {named[other].replace(',', ', ')}: {remedy}")
+    decision = decide(store, DECISION, MADE)
+    if decision != MADE:
+        raise MismatchError(f"{who} cannot be made, rank {decision} has waited and timed out before: {remedy}")
 
 
 def find_left(comm: Any) -> list[int]:

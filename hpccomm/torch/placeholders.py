@@ -113,9 +113,9 @@ def join(store: Store, rank: int, size: int) -> None:
     listener.listen()
     described = {"name": name, "node": describe_node(), "started": find_mpi() is not None}
     store.set(f"{prefix}/{rank}", json.dumps(described))
-    everyone = [json.loads(store.get(f"{prefix}/{each}")) for each in range(size)]
-    check_processes(everyone)
     try:
+        everyone = [json.loads(store.get(f"{prefix}/{each}")) for each in range(size)]
+        check_processes(everyone)
         names = [each["name"] for each in everyone]
         explain = start_launcher(names) if rank == 0 else partial(read, store, failure)
         connection, given = await_placeholder(listener, explain)

@@ -30,6 +30,14 @@ EVALUATION_BATCH = 1024
 """Test samples that a network evaluates at once."""
 
 
+OnStep = Callable[[int], object]
+"""Called after each step of a rank with the number of steps that the run has made, those before a resume included."""
+
+
+def ignore_step(done: int) -> None:
+    """An :data:`OnStep`."""
+
+
 class Epoch(NamedTuple):
     """One pass through the data; times are means over the ranks, without evaluation."""
 
@@ -117,7 +125,7 @@ class Training:
             step_s=so_far.step_s + time.perf_counter() - learnt,
         )
 
-    def epoch(self, number: int, on_step: Callable[[], object], should_stop: Callable[[], bool]) -> Epoch | None:
+    def epoch(self, number: int, on_step: OnStep, should_stop: Callable[[], bool]) -> Epoch | None:
         """Train on the remaining batches, then test; None where all ranks are told to stop before the last batch."""
         if not self.progress.steps:
             self.progress = EpochProgress(start_report=report(self.state).cost)
@@ -175,13 +183,14 @@ def batches(samples: int, epoch: int, settings: Settings) -> Iterator[npt.NDArra
         yield order[first : first + settings.batch_size]
 
 
-def train_batches(training: Any, number: int, on_step: Callable[[], object], should_stop: Callable[[], bool]) -> bool:
+def train_batches(training: Any, number: int, on_step: OnStep, should_stop: Callable[[], bool]) -> bool:
     """Train on the remaining batches of an epoch; False where all ranks are told to stop before the last one."""
     samples, settings = len(training.data.targets), training.settings
+    each = count_steps(samples, settings._replace(epochs=1))
     for batch in islice(batches(samples, number, settings), training.progress.steps, None):
         training.step(batch)
-        on_step()
-        if should_stop() and training.progress.steps < -(-samples // settings.batch_size):
+        on_step((number - 1) * each + training.progress.steps)
+        if should_stop() and training.progress.steps < each:
             return False
     return True
 
@@ -208,7 +217,7 @@ class Keeper(Protocol):
 
 
 def train_epochs(
-    training: Any, on_step: Callable[[], object], on_epoch: Callable[[Epoch], object], keeper: Keeper | None
+    training: Any, on_step: OnStep, on_epoch: Callable[[Epoch], object], keeper: Keeper | None
 ) -> list[Epoch]:
     """Train and save epoch by epoch, from where a saved run ended; fewer epochs where a rank was told to stop."""
     epochs = keeper.load(training) if keeper else []
@@ -233,7 +242,7 @@ def train(
     method: Transform,
     settings: Settings,
     *,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: OnStep = ignore_step,
     on_epoch: Callable[[Epoch], object] = lambda epoch: None,
     keeper: Keeper | None = None,
 ) -> tuple[Vector, list[Epoch]]:
@@ -289,7 +298,7 @@ def train_by_servers(
     settings: Settings,
     servers: Servers,
     *,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: OnStep = ignore_step,
 ) -> tuple[Vector, list[Epoch]]:
     """As :func:`train`, with a parameter server.
 
@@ -324,13 +333,13 @@ def run_worker(
     settings: Settings,
     share: tuple[int, int],
     sums: npt.NDArray[np.float64],
-    on_step: Callable[[], object],
+    on_step: OnStep,
 ) -> list[Vector]:
     """Train as a worker: returns the model pulled after each epoch, and adds loss and times to ``sums``."""
     models: list[Vector] = []
     bucket = Bucket(network.shapes)
     gradient = np.empty_like(server.weights)
-    gradients = bucket.views(gradient)
+    gradients, done = bucket.views(gradient), 0
     for number, totals in enumerate(sums, 1):
         for first, batch in enumerate(batches(len(data.targets), number, settings)):
             mine, began = np.array_split(batch, share[1])[share[0]], time.perf_counter()
@@ -344,8 +353,9 @@ def run_worker(
             totals[2] += learnt - pulled
             if number > 1 and not first:
                 models.append(weights)
+            done += 1
             if not share[0]:
-                on_step()
+                on_step(done)
     return [*models, server.leave()]
 
 

@@ -197,6 +197,11 @@ def powersgd(setup: MethodSetup) -> Transform:
     return hpccomm.chain(hpccomm.powersgd(setup.comm, setup.bucket, 4), heavy_ball(setup))
 
 
+def int8(setup: MethodSetup) -> Transform:
+    """Blocks of 8-bit numbers with a common scale, in two phases; momentum after the exchange."""
+    return hpccomm.chain(hpccomm.block_mean(setup.comm, "int8"), heavy_ball(setup))
+
+
 def bmuf(setup: MethodSetup) -> Transform:
     """Blocks of local steps, then a step with block momentum; the first tenth of the run is synchronous."""
     return hpccomm.bmuf(setup.comm, heavy_ball(setup), setup.period, warmup=setup.steps // 10)
@@ -287,6 +292,7 @@ METHODS = {
     "onebit-adam": Method("1-bit Adam", 0.003, onebit_adam, on_device=True),
     "onebit-lamb": Method("1-bit LAMB", 0.01, onebit_lamb, on_device=True),
     "powersgd": Method("rank 4 with error feedback, momentum 0.9", 0.03, powersgd),
+    "int8": Method("mean in blocks of 8-bit numbers with error feedback, momentum 0.9", 0.1, int8),
     "local-sgd": Method("mean of the models after local steps", 0.1, local_sgd, ("period",), steps_locally=True),
     "bmuf": Method("blocks of local steps, block momentum", 0.02, bmuf, ("period",), steps_locally=True),
     "bmuf-adam": Method("blocks of local Adam, block momentum", 0.003, bmuf_adam, ("period",), steps_locally=True),

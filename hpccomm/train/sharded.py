@@ -21,7 +21,17 @@ from hpccomm.algorithms.loss_scaling import LossScale
 from hpccomm.algorithms.sharded.units import Hops, ShardedModel, adamw
 from hpccomm.train.datasets import Dataset
 from hpccomm.train.layered import LayeredNetwork
-from hpccomm.train.loop import Epoch, Keeper, Settings, count_matches, epoch_of, train_batches, train_epochs
+from hpccomm.train.loop import (
+    Epoch,
+    Keeper,
+    OnStep,
+    Settings,
+    count_matches,
+    epoch_of,
+    ignore_step,
+    train_batches,
+    train_epochs,
+)
 from hpccomm.train.methods import METHODS
 
 MAX_NORM = 1.0
@@ -115,7 +125,7 @@ class Training:
         seconds = so_far.step_s + taken, so_far.boundary_s + stepped
         self.progress = EpochProgress(so_far.steps + 1, so_far.loss + loss, *seconds, hops)
 
-    def epoch(self, number: int, on_step: Callable[[], object], should_stop: Callable[[], bool]) -> Epoch | None:
+    def epoch(self, number: int, on_step: OnStep, should_stop: Callable[[], bool]) -> Epoch | None:
         """Train on the remaining batches, then test; None where all ranks are told to stop before the last batch."""
         if not train_batches(self, number, on_step, should_stop):
             return None
@@ -150,7 +160,7 @@ def subtract(after: Any, before: Any) -> Any:
 def train(
     training: Training,
     *,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: OnStep = ignore_step,
     on_epoch: Callable[[Epoch], object] = lambda epoch: None,
     keeper: Keeper | None = None,
 ) -> list[Epoch]:

@@ -6,6 +6,7 @@ on whose memory torch computes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
+
+SEEDING = threading.Lock()
+"""Ranks that are threads share torch's random numbers."""
 
 
 class Block(nn.Module):
@@ -95,7 +99,7 @@ class ResNet(nn.Module):
 
 
 class TorchNetwork:
-    """A module of torch without buffers as a :class:`~hpccomm.train.networks.Network`.
+    """A module of torch without buffers as a :class:`~hpccomm.train.networks.Network`, for one thread.
 
     ``prepare`` makes the module's input of samples, ``losses`` the sum of the samples' losses of its output, the input
     and the targets, ``choose`` the scores of the output.
@@ -114,7 +118,7 @@ class TorchNetwork:
 
     def initial_weights(self, seed: int) -> dict[str, npt.NDArray[Any]]:
         """As the module initialises itself."""
-        with torch.random.fork_rng():
+        with SEEDING, torch.random.fork_rng():
             torch.manual_seed(seed)
             return {name: each.detach().numpy() for name, each in self._make().named_parameters()}
 

@@ -34,10 +34,13 @@ StrayMessageFactory = Callable[[int, int, int], Exception]
 
 
 class MessageTransport:
-    """Messages over a private communicator; ``stray_message_error`` makes the error for a message of another call."""
+    """Messages over a private communicator; ``stray_message_error`` makes the error for a message of another call.
 
-    def __init__(self, comm: MPI.Intracomm, stray_message_error: StrayMessageFactory) -> None:
-        self.comm, self.stray_message_error = comm, stray_message_error
+    ``waiters``: in a progress thread, the address of a word, the number of threads that wait for its calls.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, stray_message_error: StrayMessageFactory, waiters: int = 0) -> None:
+        self.comm, self.stray_message_error, self.waiters = comm, stray_message_error, waiters
         self.rank, self.size = comm.rank, comm.size
         self.tags = int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767)  # only this communicator must have it
 

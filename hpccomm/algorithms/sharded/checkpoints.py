@@ -33,9 +33,10 @@ def save_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel,
     Call it between optimizer steps, not between micro-steps.  Raises on all ranks if one cannot write; the older
     checkpoint is then still complete.
     """
+    what = f"save_shards {os.fspath(folder)}"
+    check_model(what, states)
     comm, writes = states.groups.world, states.groups.replication.rank == 0
     taken = [name for name, count in states.counts.items() if count]
-    what = f"save_shards {os.fspath(folder)}"
     if taken:
         raise ArgumentError(f"{what}: unit {taken[0]!r} has seen gradients since the last step: save after boundary()")
     shards = {
@@ -47,6 +48,15 @@ def save_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel,
     }
     parts = run_collectively(comm, what, lambda: contents(states) if writes else None)
     write_set(comm, folder, name, what, note, parts, states.place, states.ranks, {"shards": shards})
+
+
+def check_model(what: str, states: Any) -> None:
+    """Raise for what is no sharded model."""
+    if not isinstance(states, ShardedModel):
+        raise ArgumentError(
+            f"{what}: the states are a {type(states).__name__}: pass what mics, zero or data_parallel returned, other "
+            "states to save_set and load_set"
+        )
 
 
 def contents(states: ShardedModel) -> dict[str, Any]:
@@ -78,7 +88,9 @@ def load_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel,
     Raises on all ranks for another model or optimizer and for files that are missing or truncated; the states are then
     unchanged.
     """
-    what, where, comm = f"load_shards {os.fspath(folder)}", Path(folder), states.groups.world
+    what, where = f"load_shards {os.fspath(folder)}", Path(folder)
+    check_model(what, states)
+    comm = states.groups.world
     manifest = find_set(comm, folder, name, what)
     told, note = run_collectively(comm, what, lambda: read_description(manifest))
     master, state = run_collectively(comm, what, lambda: read_states(where, manifest, told, states))
@@ -157,6 +169,7 @@ def export(path: str | os.PathLike[str], states: ShardedModel) -> None:
     Rank 0 writes one unit at a time and never holds more than one.  The file is replaced atomically.
     """
     what = f"export {os.fspath(path)}"
+    check_model(what, states)
     if states.groups.replication.rank == 0:
         if states.groups.world.rank == 0:
             run_collectively(states.groups.world, what, lambda: write_export(Path(path), states))

@@ -73,6 +73,7 @@ FLAG = offset_of(RUN_RECORD, "flag")
 SLEEPING = offset_of(RUN_RECORD, "sleeping")
 ERROR = offset_of(RUN_RECORD, "error")
 PAUSES = offset_of(RUN_RECORD, "pauses")
+WAITERS = offset_of(RUN_RECORD, "waiters")
 LEFT = offset_of(RUN_RECORD, "left")
 RIGHT = offset_of(RUN_RECORD, "right")
 
@@ -180,11 +181,18 @@ def wait(run, record):
 
 
 def rest(run, waited, nbytes):
-    """Yield the core, or sleep for a part of the time waited so far."""
-    if waited < EAGER_NS or nbytes > SHORT_BYTES:
+    """Yield the core, or sleep for a part of the time waited so far.
+
+    A progress thread sleeps while no thread of the program waits for it: one that yields takes a core of those that
+    compute, and gets its own back only after their time slice, where a sleeper gets it as soon as it wakes.
+    """
+    waiters = load(run + WAITERS)
+    beside = waiters != 0 and load(waiters) == 0
+    if not beside and (waited < EAGER_NS or nbytes > SHORT_BYTES):
         yield_cpu()
     else:
-        sleep(run + SLEEPING, 0, min(LONGEST_NS, max(SHORTEST_NS, waited >> 5)))
+        longest = SHORTEST_NS if nbytes > SHORT_BYTES else LONGEST_NS
+        sleep(run + SLEEPING, 0, min(longest, max(SHORTEST_NS, waited >> 5)))
 
 
 def check_tag(run):

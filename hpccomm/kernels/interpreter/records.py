@@ -34,6 +34,7 @@ RUN_RECORD = record(
         *words("flag", "sleeping", "error"),  # error: of MPI, a tag, or what a kernel has answered
         *words("left", "right"),  # the two operands of a reduction
         *words("pauses"),  # 1 + the number of the record whose wait has been paused; 0: none
+        *words("waiters"),  # in a progress thread, the address of the number of threads that wait for calls
     ]
 )
 """A program with its memory, and how far it is."""
