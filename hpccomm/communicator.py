@@ -441,23 +441,19 @@ class Communicator(MPI.Intracomm):
 
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
-        with self.context.call(name, *buffers, inside=True):
-            return self._run_exactly(name, buffers, arguments, op)
-
-    def _run_exactly(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
-        """Run a reduction as :meth:`_run_reproducible` does."""
-        self._prepare(name)
         rest = [each for each in arguments if each is not op]
-        key = None if None in rest else call_key(name, *buffers, "reproducible", operations.key_of(op), *rest)
         read = buffers[:1] if name == "Reduce" and self.rank != arguments[-1] else buffers
-        bound = self._find_plan(key) or self._planner_of(*read).bind_reproducible(key, name, buffers, arguments, op)
-        if bound is None:
-            return False
-        try:
-            bound.run()
-        finally:
-            if key is None:
-                bound.free()
+        with self.context.call(name, *buffers, inside=True):
+            self._prepare(name)
+            key = None if None in rest else call_key(name, *buffers, "reproducible", operations.key_of(op), *rest)
+            bound = self._find_plan(key) or self._planner_of(*read).bind_reproducible(key, name, buffers, arguments, op)
+            if bound is None:
+                return False
+            try:
+                bound.run()
+            finally:
+                if key is None:
+                    bound.free()
         return True
 
     def _find_plan(self, key: Hashable) -> Plan | None:

@@ -63,8 +63,6 @@ RANK_PREFIXES = (
     "MPI_LOCAL",
 )
 """Prefixes of variables that belong to one rank; a launcher that this rank starts must not inherit them."""
-LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-"""Environment variables in which launchers pass the number of ranks on this node."""
 
 FIRST_RESERVED_STEP = 0xFFFF_FFF0
 """First number of Slurm's own steps (batch, extern, interactive), which ``srun`` has not started."""

@@ -27,6 +27,8 @@ class Link(NamedTuple):
     """Microseconds per byte."""
 
 
+LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+"""Environment variables in which launchers pass the number of ranks on this node."""
 SHARED_MEMORY, ETHERNET = Link(1.5, 1.2e-4), Link(25.0, 8.4e-4)
 """Defaults within a node and between nodes if nothing was measured: a two-core virtual machine, 10 Gbit/s at 95 %."""
 

@@ -7,24 +7,13 @@ from collections.abc import Callable, Mapping
 from hpccomm.errors import ArgumentError
 
 
-def on_or_off(value: str) -> str:
-    """The remedy for a value that is neither ``on`` nor ``off``."""
-    return "" if value in ("on", "off") else "use on or off"
+def one_of(*values: str) -> Callable[[str], str]:
+    """What gives the remedy for a value that is none of these."""
+    remedy = f"use {', '.join(values[:-1])} or {values[-1]}"
+    return lambda value: "" if value in values else remedy
 
 
-def wait_or_background(value: str) -> str:
-    """The remedy for a value that is neither ``wait`` nor ``background``."""
-    return "" if value in ("wait", "background") else "use wait or background"
-
-
-def short_or_full(value: str) -> str:
-    """The remedy for a value that is neither ``short`` nor ``full``."""
-    return "" if value in ("short", "full") else "use short or full"
-
-
-def progress_kind(value: str) -> str:
-    """The remedy for a value that names no use of the progress thread."""
-    return "" if value in ("on", "off", "all") else "use on, off or all"
+on_or_off = one_of("on", "off")
 
 
 def seconds(value: str) -> str:
@@ -33,16 +22,6 @@ def seconds(value: str) -> str:
         return "" if float(value) >= 0 else "use a number of seconds, such as 60"
     except ValueError:
         return "use a number of seconds, such as 60"
-
-
-def warn_or_abort(value: str) -> str:
-    """The remedy for a value that is neither ``warn`` nor ``abort``."""
-    return "" if value in ("warn", "abort") else "use warn or abort"
-
-
-def sample_or_detail(value: str) -> str:
-    """The remedy for a value that says of no calls whether they are compared between nodes."""
-    return "" if value in ("sample", "detail", "off") else "use sample, detail or off"
 
 
 def elsewhere(value: str) -> str:
@@ -58,21 +37,21 @@ ON_HOST = "host"
 CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_ALGORITHM": elsewhere,
     "HPCCOMM_CACHE": elsewhere,
-    "HPCCOMM_COMPILE": wait_or_background,
+    "HPCCOMM_COMPILE": one_of("wait", "background"),
     "HPCCOMM_CONSISTENCY": on_or_off,
-    "HPCCOMM_DEBUG": sample_or_detail,
+    "HPCCOMM_DEBUG": one_of("sample", "detail", "off"),
     "HPCCOMM_ENTRY": on_or_off,
     "HPCCOMM_EXCEPTHOOK": on_or_off,
     DEVICE_SETTING: elsewhere,
     "HPCCOMM_GUARD": on_or_off,
     "HPCCOMM_MPI": elsewhere,
-    "HPCCOMM_PROGRESS": progress_kind,
+    "HPCCOMM_PROGRESS": one_of("on", "off", "all"),
     "HPCCOMM_SHARED_MEMORY": on_or_off,
-    "HPCCOMM_STALL_ACTION": warn_or_abort,
+    "HPCCOMM_STALL_ACTION": one_of("warn", "abort"),
     "HPCCOMM_STALL_SECONDS": seconds,
     "HPCCOMM_TEST_LAUNCHER": elsewhere,
     "HPCCOMM_TIMELINE": elsewhere,
-    "HPCCOMM_TRACEBACK": short_or_full,
+    "HPCCOMM_TRACEBACK": one_of("short", "full"),
     "HPCCOMM_TUNING": elsewhere,
 }
 """Each variable with the function that gives the remedy for a wrong value; empty values are as good as none."""

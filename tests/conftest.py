@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,60 @@ SERIAL_ROWS, MPI_ROWS = 3, 1
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the command-line flag."""
     parser.addoption("--quick", action="store_true", help="a few rows of each table and of a file's slow tests")
+    parser.addoption("--share", metavar="FOLDER", help="leave out what another pytest with this folder has taken")
+    parser.addoption("--backwards", action="store_true", help="begin with the last file or world size")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Reduce every table, after ``-k`` and ``-m``, to a few rows."""
-    if not config.getoption("--quick"):
-        return
+    """Reduce every table, after ``-k`` and ``-m``, to a few rows; share the rest with other processes."""
+    if config.getoption("--quick"):
+        reduce_tables(config, items)
+    if config.getoption("--backwards"):
+        order = {group: place for place, group in enumerate(dict.fromkeys(map(group_of, items)))}
+        items.sort(key=lambda item: -order[group_of(item)])
+    if config.getoption("--share"):
+        config.pluginmanager.register(Share(Path(config.getoption("--share"))))
+
+
+def reduce_tables(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a few rows of every table."""
     tables: dict[tuple[str, int], list[pytest.Item]] = {}
     for item in items:
         tables.setdefault(table_of(item), []).append(item)
     chosen = {item for (_, size), rows in tables.items() for item in choose_rows(rows, size)}
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
+
+
+class Share:
+    """Leaves a group of tests to another process that has taken it: the file of a serial test, or a world size."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mine: dict[str, bool] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Say that a test of another process is done."""
+        group = group_of(item)
+        if group not in self.mine:
+            self.mine[group] = self.take(group)
+        return None if self.mine[group] else True
+
+    def take(self, group: str) -> bool:
+        """Take a group; whether no other process has taken it before."""
+        with suppress(FileExistsError):
+            (self.folder / group).touch(exist_ok=False)
+            return True
+        return False
+
+
+def group_of(item: pytest.Item) -> str:
+    """The tests that one process runs together."""
+    from hpccomm.testing.lockstep import size_of  # pytest must load a plug-in before anybody imports it
+
+    return f"{size_of(item)} ranks" if size_of(item) else item.path.name
 
 
 def pytest_collection_finish() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import choose_slow
+from conftest import Share, choose_slow
 from verifiable import DTYPES, FOLDS, collective_assert, operand, operations, reduction
 
 SIZES = (1, 2, 3, 4, 7, 47, 64)
@@ -135,3 +136,18 @@ class Row:
 def test_quick_keeps_a_row_of_each_slow_test_before_a_second_one_of_any(keeps: dict[str, int], kept: list[str]) -> None:
     rows: Any = [Row(name, **({"keep": keep} if keep else {})) for name, keep in keeps.items()]
     assert [row.nodeid for row in choose_slow(rows)] == kept
+
+
+def test_processes_share_tests_by_file_and_world_size(tmp_path: Path) -> None:
+    """Each group is run by one of them, whole, whoever comes first."""
+
+    def item(file: str, size: int = 0) -> Any:
+        made = SimpleNamespace(path=Path(file), get_closest_marker=lambda name: name == "mpi" and size)
+        made.callspec = SimpleNamespace(params={"ranks": size} if size else {})
+        return made
+
+    items = [item("test_a.py"), item("test_b.py"), item("test_b.py"), item("test_a.py", 2), item("test_b.py", 2)]
+    first, second = Share(tmp_path), Share(tmp_path)
+    pairs = zip(items, reversed(items), strict=True)
+    taken = [(first.pytest_runtest_protocol(a), second.pytest_runtest_protocol(b)) for a, b in pairs]
+    assert taken == [(None, None), (None, None), (None, True), (True, True), (True, True)]

@@ -98,11 +98,11 @@ def test_only_a_rank_for_which_others_sleep_wakes_them(comm: Communicator, code:
     late = comm.rank == comm.size - 1
     for _ in range(5):
         MPI.Intracomm(comm).Barrier()
-        before = word(shared, kernels.WAKES)
-        while late and not word(shared, kernels.SLEEPERS):
+        before = word(shared, kernels.REGION.wakes)
+        while late and not word(shared, kernels.REGION.sleepers):
             time.sleep(0.001)
         run()
-        assert not late or word(shared, kernels.WAKES) > before
+        assert not late or word(shared, kernels.REGION.wakes) > before
     shared.close()
 
 
@@ -135,7 +135,7 @@ def test_a_signal_handler_runs_while_a_rank_sleeps(comm: Communicator, code: str
     if comm.rank == 0:
         signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
     if comm.rank == comm.size - 1:
-        while not memory.load_acquire(shared._segment.address + kernels.ABANDONED):
+        while not memory.load_acquire(shared._segment.address + kernels.REGION.abandoned):
             time.sleep(0.001)
     with pytest.raises(InterruptError if comm.rank == 0 else TransportError):  # noqa: PT012 (the alarm may come at once)
         running.append(True)

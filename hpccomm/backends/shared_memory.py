@@ -56,7 +56,7 @@ from hpccomm.kernels.shared_memory import collectives as kernels
 from hpccomm.kernels.shared_memory import memory, records
 from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
 from hpccomm.kernels.shared_memory.records import fill
-from hpccomm.launcher import LOCAL_SIZES
+from hpccomm.layout import LOCAL_SIZES
 from hpccomm.performance.machine import DEFAULTS, Parameters, derive_parameters, floor_power
 from hpccomm.performance.probe import Found, Place, common_place, load_once
 from hpccomm.transports.segment import PAGE, SharedSegment
@@ -140,7 +140,7 @@ class SharedMemory:
 
         Every rank looks for the secret of the next one, which that rank must keep until all have looked.
         """
-        memory.store(self._segment.address + self.rank * self._region + kernels.PID, os.getpid())
+        memory.store(self._segment.address + self.rank * self._region + kernels.REGION.pid, os.getpid())
         peer, seen = facts[(self.rank + 1) % self.size], np.zeros(1, np.int64)
         moved = memory.pull(peer.pid, seen.ctypes.data, peer.address, seen.nbytes)
         may: list[bool] = self._node.allgather(bool(moved == seen.nbytes and seen[0] == peer.secret))
@@ -177,30 +177,30 @@ class SharedMemory:
 
     def peer_fingerprints(self) -> list[int]:
         """The fingerprint that each rank passed to the running or last call."""
-        return [self._word(q, kernels.FINGERPRINT) for q in range(self.size)]
+        return [self._word(q, kernels.LINE.fingerprint) for q in range(self.size)]
 
     def own_fingerprint(self) -> int:
         """The fingerprint that this rank passed to the running or last call."""
-        return self._word(self.rank, kernels.FINGERPRINT)
+        return self._word(self.rank, kernels.LINE.fingerprint)
 
     def missing_ranks(self) -> list[int]:
         """The ranks that have not arrived at the running call."""
         number = self._call_number()
-        return [q for q in range(self.size) if self._word(q, kernels.NUMBER) < number]
+        return [q for q in range(self.size) if self._word(q, kernels.LINE.number) < number]
 
     def last_call(self, q: int) -> tuple[int, int]:
         """The number and the fingerprint of the last call at whose barrier rank ``q`` has arrived."""
         self._check_open()
-        lines = [self._segment.address + q * self._region + records.LINE * parity for parity in (0, 1)]
-        last = max(lines, key=lambda line: memory.load_acquire(line + kernels.NUMBER))
-        return memory.load_acquire(last + kernels.NUMBER), memory.load_acquire(last + kernels.FINGERPRINT)
+        lines = [self._segment.address + q * self._region + records.LINE_BYTES * parity for parity in (0, 1)]
+        last = max(lines, key=lambda line: memory.load_acquire(line + kernels.LINE.number))
+        return memory.load_acquire(last + kernels.LINE.number), memory.load_acquire(last + kernels.LINE.fingerprint)
 
     def _call_number(self) -> int:
         return int(self._state["calls"])
 
     def _word(self, q: int, offset: int) -> int:
         self._check_open()
-        line = self._segment.address + q * self._region + records.LINE * (self._call_number() & 1)
+        line = self._segment.address + q * self._region + records.LINE_BYTES * (self._call_number() & 1)
         return memory.load_acquire(line + offset)
 
     def _check_open(self) -> None:
@@ -564,7 +564,9 @@ class SharedMemory:
                 plan.stall_handler(time.monotonic() - began, self.missing_ranks())
             code = plan.kernel(plan.address)
         if code == kernels.MISMATCH:
-            if plan.call["check"] != MEETING and MEETING in [self._word(q, kernels.CHECK) for q in range(self.size)]:
+            if plan.call["check"] != MEETING and MEETING in [
+                self._word(q, kernels.LINE.check) for q in range(self.size)
+            ]:
                 self.miss_call()
             raise self.mismatch(self.peer_fingerprints())
         if code == kernels.SHUT:
@@ -581,12 +583,12 @@ class SharedMemory:
 
     def abandon(self) -> None:
         """Make all later calls of all ranks raise: this rank has left one half done."""
-        flag = self._segment.address + kernels.ABANDONED
+        flag = self._segment.address + kernels.REGION.abandoned
         if not memory.load(flag):
             memory.store(flag, 1 + self.rank)
 
     def _stuck_error(self) -> HpccommError:
-        culprit = memory.load(self._segment.address + kernels.ABANDONED) - 1
+        culprit = memory.load(self._segment.address + kernels.REGION.abandoned) - 1
         reason = self.find_reason(culprit)
         if reason:
             return MismatchError(f"{reason}; after it free the communicator and make a new one")

@@ -11,7 +11,6 @@ way, with the making of the arrays and without it, and results are checked on ne
 from __future__ import annotations
 
 import gc
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -234,8 +233,7 @@ class Bench:
         comm = self.plain if algorithm == "native" and self.options.bare_native else self.comm
         bind = self.case.bind
         by_name = isinstance(bind, MethodCall) and takes_algorithm(getattr(comm, bind.method))
-        # interned as a program's literals are, by which the compiled entry knows them
-        named = (sys.intern(algorithm),) if by_name and algorithm != getattr(comm, "algorithm", "") else ()
+        named = (algorithm,) if by_name and algorithm != getattr(comm, "algorithm", "") else ()
         return [partial(bind_arrays, bind, comm, shape, named) for shape in exercise.shapes]
 
     def repeats(self, size: int, calls: dict[str, list[Call]]) -> tuple[int, int]:

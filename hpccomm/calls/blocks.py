@@ -227,9 +227,7 @@ def read_block_bytes(form: Any, p: int) -> tuple[int, ...]:
     return tuple(int(np.intp(count)) * int(each.Get_size()) for count, each in zip(counts, types, strict=True))
 
 
-def amounts_of(
-    form: Signature, send: Buffer | None, recv: Buffer | None, rank: int, p: int, root: int | None
-) -> Amounts:
+def amounts_of(form: Signature, send: Buffer | None, recv: Buffer | None, p: int, root: int | None) -> Amounts:
     """What this rank sends and receives in a call; ``None`` for a buffer that it does not have, or in place."""
     sends, receives = [NOT_COMPARED] * p, [NOT_COMPARED] * p
     for amounts, buffer, kind in ((sends, send, form.send), (receives, recv, form.recv)):

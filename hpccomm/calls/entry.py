@@ -17,13 +17,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.calls.blocks import EQUAL, NONE, OBJECT_SIGNATURES, ONE, PARTS, SIGNATURES, Amounts, Signature
+from hpccomm.calls.blocks import EQUAL, NONE, OBJECT_SIGNATURES, ONE, PARTS, SIGNATURES, TYPED, Amounts, Signature
 from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.consistency import EnteredCall
 from hpccomm.calls.fingerprint import template_digest
@@ -34,34 +34,6 @@ from hpccomm.errors import ArgumentError, HpccommError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.kernels.entry import body, records
-from hpccomm.kernels.entry.records import (
-    ANY_LAYOUT,
-    BEFORE_NATIVE,
-    CHECK_MASK,
-    CHECK_PRIME,
-    COMPARED_AFTERWARDS,
-    COMPARED_AT_ENTRY,
-    COMPARED_TOGETHER,
-    COUNT_CHECK,
-    COUNTS_GIVEN,
-    ENTRY_RECORD,
-    FAILED,
-    FROM_RECEIVED,
-    FROM_SENT,
-    INTERRUPTED,
-    IS_SENT_AT_ROOT,
-    LATE,
-    LEAVING,
-    MOST_ARGUMENTS,
-    NATIVE,
-    NATIVE_IN_PLACE,
-    NOT_MINE,
-    RECEIVED_UNEVEN,
-    RECEIVES_AT_ROOT,
-    SENDS_AT_ROOT,
-    SENT_UNEVEN,
-    UNFINISHED,
-)
 from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
 from hpccomm.kernels.shared_memory.records import W, fill, offset_of
@@ -90,7 +62,7 @@ class Key(NamedTuple):
 
 def decline(*arguments: Any) -> int:
     """The door of a communicator without a compiled entry."""
-    return NOT_MINE
+    return records.NOT_MINE
 
 
 FREED = "the communicator has been freed: make a new one"
@@ -107,32 +79,6 @@ class Doors:
     A door returns None when the call is done, else a code.
     """
 
-    allreduce: Door
-    reduce: Door
-    reduce_scatter_block: Door
-    allgather: Door
-    bcast: Door
-    alltoall: Door
-    barrier: Door
-    gather: Door
-    scatter: Door
-    scan: Door
-    exscan: Door
-    allgatherv: Door
-    reduce_scatter: Door
-    alltoallv: Door
-    gatherv: Door
-    scatterv: Door
-    allgather_object: Door
-    allreduce_object: Door
-    alltoall_object: Door
-    bcast_object: Door
-    exscan_object: Door
-    gather_object: Door
-    reduce_object: Door
-    scan_object: Door
-    scatter_object: Door
-
     def __init__(self) -> None:
         self.close()
 
@@ -141,12 +87,16 @@ class Doors:
         for name in COLLECTIVES:
             setattr(self, name, door)
 
+    if TYPE_CHECKING:
 
-COLLECTIVES = tuple(Doors.__annotations__)
+        def __getattr__(self, name: str) -> Door: ...
+
+
 FORMS = {
-    **{name.lower(): form for name, form in SIGNATURES.items() if name.lower() in COLLECTIVES},
+    **{name.lower(): form for name, form in SIGNATURES.items() if TYPED not in form},
     **{f"{name}_object": form for name, form in OBJECT_SIGNATURES.items()},
 }
+COLLECTIVES = tuple(FORMS)
 INHERITED = tuple(name for name, form in FORMS.items() if not form.family)
 """Collectives that only MPI runs."""
 ONE_BLOCK = tuple(name for name in INHERITED if FORMS[name].blockwise)
@@ -165,7 +115,11 @@ def read_facts(form: Signature, p: int) -> dict[str, int]:
     blocks = {NONE: 0, ONE: 1, EQUAL: p, PARTS: 1}
     counts_given, gathers = "recvcounts" in form.arguments, form.family == "allgather"
     in_place = blocks[form.recv] if form.send == ONE and not counts_given else 0
-    uneven = SENT_UNEVEN * (form.send == PARTS) | RECEIVED_UNEVEN * (form.recv == PARTS) | COUNTS_GIVEN * counts_given
+    uneven = (
+        records.SENT_UNEVEN * (form.send == PARTS)
+        | records.RECEIVED_UNEVEN * (form.recv == PARTS)
+        | records.COUNTS_GIVEN * counts_given
+    )
     sent_at_root = form.send == NONE != form.recv and "root" in form.arguments
     return {
         "send_blocks": blocks[form.send],
@@ -175,10 +129,10 @@ def read_facts(form: Signature, p: int) -> dict[str, int]:
         "send_counted": p if form.send == EQUAL else 1,
         "recv_counted": p if form.recv == EQUAL else 1,
         "own_block": int(gathers and form.recv == EQUAL),
-        "rooted": RECEIVES_AT_ROOT * form.recv_at_root
-        | SENDS_AT_ROOT * form.send_at_root
-        | IS_SENT_AT_ROOT * sent_at_root,
-        "uneven": uneven | ANY_LAYOUT * (form.varies and not form.family),
+        "rooted": records.RECEIVES_AT_ROOT * form.recv_at_root
+        | records.SENDS_AT_ROOT * form.send_at_root
+        | records.IS_SENT_AT_ROOT * sent_at_root,
+        "uneven": uneven | records.ANY_LAYOUT * (form.varies and not form.family),
     }
 
 
@@ -198,13 +152,13 @@ class Entry:
         """Whether Python continues a call, during which signal handlers run."""
         self._facts = door_facts(size)
         self._types, self._items = type_table(list_objects()), item_sizes()
-        self._record, self._blocks = np.zeros((), ENTRY_RECORD), np.zeros(4 * size, np.int64)
+        self._record, self._blocks = np.zeros((), records.ENTRY_RECORD), np.zeros(4 * size, np.int64)
         self._counts = np.zeros((4, size), np.int32)
         self._no_row = np.zeros(1, records.ROW_RECORD)
         self._inside = ctypes.c_int64.from_address(recorded["comm_calls"] + W)
         """In how many calls this rank is that Python has recorded."""
         self._pending, self._event = (
-            ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, name))
+            ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(records.ENTRY_RECORD, name))
             for name in ("pending", "event")
         )
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
@@ -285,7 +239,10 @@ class Entry:
         values |= {"number": len(self._calls), **{name: getattr(key, name) for name in ROW_KEY}}
         if name in UNCOUNTED:
             root = next((rank for rank in range(len(self._blocks) // 4) if id(rank) == key.root), -1)
-            values |= {"uneven": self._facts[name]["uneven"] & (SENT_UNEVEN | RECEIVED_UNEVEN), "root_rank": root}
+            values |= {
+                "uneven": self._facts[name]["uneven"] & (records.SENT_UNEVEN | records.RECEIVED_UNEVEN),
+                "root_rank": root,
+            }
         if not isinstance(call, NativeCall):
             own = call.schedule.copy(key.send, key.recv) if by_records else call.copy()
             self._calls.append(own)
@@ -319,12 +276,15 @@ class Entry:
         return {
             "fingerprint": call.word,
             "backend": records.BY_MPI,
-            "compares": COMPARED_TOGETHER if call.synchronises else COMPARED_AT_ENTRY,
+            "compares": records.COMPARED_TOGETHER if call.synchronises else records.COMPARED_AT_ENTRY,
             "function": call.function,
             "unit": item,
             "splits": self._facts[name]["uneven"],
-            "arguments": words + [0] * (MOST_ARGUMENTS + 1 - len(words)),
-            **{f"{each}_argument": at.get(each, MOST_ARGUMENTS) for each in ("send", "recv", "count", "recv_count")},
+            "arguments": words + [0] * (records.MOST_ARGUMENTS + 1 - len(words)),
+            **{
+                f"{each}_argument": at.get(each, records.MOST_ARGUMENTS)
+                for each in ("send", "recv", "count", "recv_count")
+            },
         }
 
     def _write_row(self, key: Key, values: dict[str, int]) -> None:
@@ -340,10 +300,10 @@ class Entry:
 
         ``native`` is MPI's own collective, which is not called if records run here.
         """
-        answer = code & ~NATIVE_IN_PLACE
-        if answer == INTERRUPTED:
+        answer = code & ~records.NATIVE_IN_PLACE
+        if answer == records.INTERRUPTED:
             self.check_interrupted()
-        if answer in (FAILED, LEAVING):
+        if answer in (records.FAILED, records.LEAVING):
             native, arguments = self._check_failure, ()
         elif self._read_row("backend") == records.BY_RECORDS:
             native, arguments = self._run_records, (answer, arguments)
@@ -351,7 +311,7 @@ class Entry:
             if self._table is None:
                 return self._run_uncompared(native, *arguments)
             with self._entered:
-                if answer not in (NATIVE, FAILED, LEAVING, UNFINISHED):
+                if answer not in (records.NATIVE, records.FAILED, records.LEAVING, records.UNFINISHED):
                     self._settle(answer)
                 result = native(*arguments)
             return result
@@ -381,7 +341,7 @@ class Entry:
 
     def _run_records(self, answer: int, buffers: tuple[Any, ...]) -> None:
         """Run the records of the row on the call's ``buffers``, or go on with them."""
-        code, self._resumes = int(self._record["left"]) if answer == UNFINISHED else None, True
+        code, self._resumes = int(self._record["left"]) if answer == records.UNFINISHED else None, True
         try:
             self._row_call.resume(code, *buffers)
         finally:
@@ -471,7 +431,7 @@ class Entry:
                 f"rank {self._rank}: an exception has ended the last call before it was complete, so this communicator "
                 "is out of step: free it and make a new one"
             )
-            if self._pending.value == UNFINISHED and self._record["held_send"]:
+            if self._pending.value == records.UNFINISHED and self._record["held_send"]:
                 self._row_call.abandon(error)
             for each in filter(None, (self._memory, self._table)):
                 each.abandon()
@@ -481,9 +441,9 @@ class Entry:
         """Wait for the other ranks, where the entry has not, and compare their calls with this rank's."""
         amounts, self._resumes = self._read_amounts(), True
         try:
-            if code >= BEFORE_NATIVE:
-                self._meeting.resume(code - BEFORE_NATIVE)
-            if code == LATE:
+            if code >= records.BEFORE_NATIVE:
+                self._meeting.resume(code - records.BEFORE_NATIVE)
+            if code == records.LATE:
                 self._table.compare_nodes(amounts)
                 self._table.wait(amounts)
             self._table.compare_entries()
@@ -520,12 +480,12 @@ def hash_words(*key: int) -> int:
 
 def record_values(call: RecordCall, key: Key) -> dict[str, int]:
     """The fields of the row for a call that records run."""
-    at = {key.recv: FROM_RECEIVED, key.send: FROM_SENT} if key.send != key.recv else {key.recv: FROM_RECEIVED}
+    at = {key.send: records.FROM_SENT, key.recv: records.FROM_RECEIVED}  # in place they are the same
     vector, source = (at.get(int(call.schedule.run[name]), 0) for name in ("vector", "source"))
     return {
         "fingerprint": call.word,
         "backend": records.BY_RECORDS,
-        "compares": COMPARED_AFTERWARDS if call.synchronises else COMPARED_AT_ENTRY,
+        "compares": records.COMPARED_AFTERWARDS if call.synchronises else records.COMPARED_AT_ENTRY,
         "vector": vector,
         "source": source,
     }
@@ -534,7 +494,9 @@ def record_values(call: RecordCall, key: Key) -> dict[str, int]:
 def shared_values(call: Any, key: Key) -> dict[str, int]:
     """The fields of the row for a call in shared memory."""
     fingerprint, check = int(call.call["fingerprint"]), int(call.call["check"])
-    salt = (check - fingerprint * CHECK_PRIME - key.nbytes * call.checked * COUNT_CHECK) & CHECK_MASK
+    salt = (
+        check - fingerprint * records.CHECK_PRIME - key.nbytes * call.checked * records.COUNT_CHECK
+    ) & records.CHECK_MASK
     general = {name: getattr(call, name) for name in ("checked", "table", "sized", "registers", "releases")}
     return {"fingerprint": fingerprint, "backend": records.IN_SHARED_MEMORY, "salt": salt, **general}
 
@@ -544,7 +506,7 @@ def shared_values(call: Any, key: Key) -> dict[str, int]:
 
 SCHEDULE_NAMES = sorted({name for each in SCHEDULES.values() for name in each})
 ALGORITHMS = tuple(sys.intern(name) for name in (*SCHEDULE_NAMES, "auto", "native", "shared", "hierarchical"))
-"""Names of algorithms; a program's literals are the same objects."""
+"""Names of algorithms; the entry finds a program's own strings of the same text by interning them."""
 
 
 def list_objects() -> tuple[tuple[Any, int, int], ...]:
@@ -603,6 +565,8 @@ def python_addresses() -> dict[str, int]:
     functions = {
         "as_integer": ctypes.pythonapi.PyLong_AsLongLongAndOverflow,
         "hold": ctypes.pythonapi.Py_IncRef,
+        "let_go": ctypes.pythonapi.Py_DecRef,
+        "intern": ctypes.pythonapi.PyUnicode_InternInPlace,
         "save_thread": ctypes.pythonapi.PyEval_SaveThread,
         "restore_thread": ctypes.pythonapi.PyEval_RestoreThread,
     }
@@ -614,6 +578,7 @@ def python_addresses() -> dict[str, int]:
         "int_type": id(int),
         "int64_type": id(np.int64),
         "int32_type": id(np.int32),
+        "string_type": id(str),
         "none": id(None),
         "in_place": id(MPI.IN_PLACE),
         "answers": ANSWERS.ctypes.data,

@@ -20,7 +20,6 @@ from hpccomm.calls.blocks import (
     PARTS,
     SIGNATURES,
     TYPED,
-    Signature,
     amounts_of,
     block_bytes,
     find_blocks,
@@ -161,7 +160,7 @@ class Reader(Member):
             dtype = data.dtype or data.base
             call.count = UNKNOWN if amount == NOT_COMPARED or dtype is None else str(amount // dtype.itemsize)
         if form.varies:
-            call.amounts = amounts_of(form, send, recv, self.rank, self.size, call.root)
+            call.amounts = amounts_of(form, send, recv, self.size, call.root)
         shown = buffers if TYPED in form else (None if each is None else each for each in (send, recv))
         call.send, call.recv = (each if isinstance(each, Buffer) else Buffer(each) for each in shown)
 
@@ -190,10 +189,10 @@ class Reader(Member):
             for each, kind in ((send, form.send), (recv, form.recv))
         ]
         if send is not recv and None not in found:
-            self.check_moved(form, send, recv, found, who)
+            self.check_moved(send, recv, found, who)
         return send, recv
 
-    def check_moved(self, form: Signature, send: Any, recv: Any, blocks: list[Any], who: str) -> None:
+    def check_moved(self, send: Any, recv: Any, blocks: list[Any], who: str) -> None:
         """Refuse buffers that overlap, that differ in type or memory order, or whose own block has two lengths."""
         self.check_apart(blocks[0], blocks[1], who)
         self.check_order(send, recv, who)

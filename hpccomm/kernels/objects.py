@@ -143,8 +143,8 @@ def folders() -> Iterator[Path]:
         yield Path(chosen)
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    yield Path(home) / "hpccomm" / "kernels"
-    yield KERNELS / "__pycache__"
+    yield Path(f"{home}/hpccomm/kernels")
+    yield Path(f"{KERNELS}/__pycache__")
     private = Path(os.environ.get("TMPDIR", "/tmp")) / f"hpccomm-{os.getuid()}"
     with contextlib.suppress(OSError):
         private.mkdir(mode=0o700, exist_ok=True)
@@ -226,7 +226,8 @@ def read(name: str) -> bytes | None:
     """The content of the file of a function, if it is as it was written."""
     for folder in folders():
         try:
-            data = (folder / file_name(name)).read_bytes()
+            with open(f"{folder}/{file_name(name)}", "rb") as file:
+                data = file.read()
         except OSError:
             continue
         if data[:9] == checksum(data[9:]):

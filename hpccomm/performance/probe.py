@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.kernels import objects
-from hpccomm.kernels.shared_memory.records import LINE, PROBE_RECORD, RING, fill
+from hpccomm.kernels.shared_memory.records import LINE_BYTES, PROBE_RECORD, RING, fill
 from hpccomm.layout import read_attribute
 from hpccomm.performance.machine import DEFAULTS, Probe, floor_power, parse_probe
 from hpccomm.performance.units import format_ranges
@@ -149,7 +149,7 @@ class Worker:
         self.core, self.pool = core, ThreadPoolExecutor(1)
         words = np.zeros(PROBE_RECORD.itemsize // 8 + 2, np.int64)
         self.record: npt.NDArray[Any] = words[: PROBE_RECORD.itemsize // 8].view(PROBE_RECORD)
-        self.flag = np.zeros(2 * LINE // 8, np.int64)
+        self.flag = np.zeros(2 * LINE_BYTES // 8, np.int64)
         self.got: list[float] = []
         """Seconds for which the thread had its core, in each measurement."""
         self.spent: list[float] = []
@@ -164,7 +164,7 @@ class Worker:
     def flag_address(self) -> int:
         """A word on a cache line of its own."""
         address: int = self.flag.ctypes.data
-        return -(-address // LINE) * LINE
+        return -(-address // LINE_BYTES) * LINE_BYTES
 
     def start(self, **fields: Any) -> Any:
         """Begin a measurement; the result is that of a future."""

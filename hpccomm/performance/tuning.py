@@ -27,7 +27,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import chain, takewhile
-from math import log
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -290,7 +289,7 @@ def choose_measured(series: Series, nbytes: int, candidates: Sequence[str]) -> C
 def describe_evidence(rows: Sequence[Row], nbytes: int) -> str:
     """What a time is: measured at this size, or computed from sizes that were measured."""
     first, last = rows[0].bytes, rows[-1].bytes
-    if any(row.bytes == nbytes for row in rows):
+    if nearest_row(rows, nbytes).bytes == nbytes:
         return "measured"
     if first < nbytes < last:
         return "interpolated between sizes measured"
@@ -299,8 +298,9 @@ def describe_evidence(rows: Sequence[Row], nbytes: int) -> str:
 
 
 def nearest_row(rows: Sequence[Row], nbytes: int) -> Row:
-    """The row with the nearest number of bytes."""
-    return min(rows, key=lambda row: abs(log(max(row.bytes, 1)) - log(max(nbytes, 1))))
+    """The row with the nearest number of bytes, by their ratio."""
+    wanted = nbytes or 1
+    return min(rows, key=lambda row: wanted / has if (has := row.bytes or 1) < wanted else has / wanted)
 
 
 def choose_priced(collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine) -> Choice:

@@ -32,6 +32,7 @@ from typing import Any, NoReturn, Protocol
 from hpccomm import launcher
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import LaunchError
+from hpccomm.layout import LOCAL_SIZES
 from hpccomm.torch import placeholder
 
 START_SECONDS = 60.0
@@ -231,7 +232,7 @@ def give_back(environ: MutableMapping[str, str], own: Mapping[str, str]) -> None
     How many ranks share this node's cores stays known.
     """
     for name in list(environ):
-        if name.startswith(launcher.RANK_PREFIXES) and name not in launcher.LOCAL_SIZES:
+        if name.startswith(launcher.RANK_PREFIXES) and name not in LOCAL_SIZES:
             del environ[name]
     environ.update(own)
 

@@ -19,9 +19,9 @@ ENTRY_RECORD = record(
     [
         *words("rows", "mask"),  # the table of rows; its length is mask + 1
         *words("types", "types_mask"),  # the table of TYPE_RECORDs
-        *words("array_type", "list_type", "tuple_type", "int_type", "int64_type", "int32_type"),  # addresses of types
+        *words("array_type", "list_type", "tuple_type", "int_type", "int64_type", "int32_type", "string_type"),
         *words("none", "in_place", "answers", "counts_references"),  # answers: addresses of the small integers
-        *words("as_integer", "hold", "save_thread", "restore_thread"),  # functions of CPython
+        *words("as_integer", "hold", "let_go", "intern", "save_thread", "restore_thread"),  # functions of CPython
         *words("item_size", "rank", "rank_object", "size"),  # item_size: its offset in a dtype object
         *words("state", "patience"),  # of shared memory: its state record, and how long a call waits for ranks
         *words("registered", "registrations"),  # addresses of ALLOCATION_RECORDs and of their number
@@ -34,6 +34,7 @@ ENTRY_RECORD = record(
         *words("counts"),  # address of the same in elements, 4 x size integers for MPI
         *words("failure", "left"),  # what MPI has returned; what the interpreter has answered
         *words("held_send", "held_recv"),  # the call's buffers, which are kept while records are unfinished
+        *words("name"),  # the string that is interned
         *words("pending"),  # whether a call awaits Python, which goes on with it
         *words("sends", "receives", "within", "call_token"),  # its blocks; whether it is in place; its dtype
         *words("ring", "events", "last_event"),  # of the flight recorder: its number of calls, and its EVENT_RECORDs

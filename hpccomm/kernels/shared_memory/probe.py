@@ -20,20 +20,9 @@ from hpccomm.kernels.shared_memory.memory import (
     store_release,
     yield_cpu,
 )
-from hpccomm.kernels.shared_memory.records import PROBE_RECORD, RING, W, offset_of
+from hpccomm.kernels.shared_memory.records import PROBE_RECORD, RING, W, offsets
 
-TASK = offset_of(PROBE_RECORD, "task")
-MINE = offset_of(PROBE_RECORD, "mine")
-THEIRS = offset_of(PROBE_RECORD, "theirs")
-FIRST = offset_of(PROBE_RECORD, "first")
-TO = offset_of(PROBE_RECORD, "to")
-SOURCE = offset_of(PROBE_RECORD, "source")
-SLOT = offset_of(PROBE_RECORD, "slot")
-THEIR_SLOT = offset_of(PROBE_RECORD, "their_slot")
-NBYTES = offset_of(PROBE_RECORD, "nbytes")
-REPEATS = offset_of(PROBE_RECORD, "repeats")
-FOLD = offset_of(PROBE_RECORD, "fold")
-PID = offset_of(PROBE_RECORD, "pid")
+PROBE = offsets(PROBE_RECORD)
 ECHOES, POLLS, YIELDS, COPIES, NONTEMPORAL_COPIES, ADDS, PULLS, HANDOVERS, NONTEMPORAL_HANDOVERS = range(9)
 """What can be measured."""
 FAILED = -1
@@ -44,7 +33,7 @@ POLLS_BEFORE_YIELD = 2000
 
 def run_probe(record):
     """Do a task ``repeats`` times; returns nanoseconds, or FAILED."""
-    task, began = load(record + TASK), nanoseconds()
+    task, began = load(record + PROBE.task), nanoseconds()
     if task == ECHOES:
         done = echo(record)
     elif task in (HANDOVERS, NONTEMPORAL_HANDOVERS):
@@ -56,7 +45,7 @@ def run_probe(record):
 
 def await_peer(record, count):
     """Wait until the flag of the other thread reaches ``count``; false if it takes too long."""
-    flag, polls, began = load(record + THEIRS), 0, nanoseconds()
+    flag, polls, began = load(record + PROBE.theirs), 0, nanoseconds()
     while load_acquire(flag) < count:
         polls += 1
         if polls < POLLS_BEFORE_YIELD:
@@ -70,8 +59,8 @@ def await_peer(record, count):
 
 def echo(record):
     """Send a flag to and fro; each repetition is two transfers of a cache line."""
-    mine, first, reached = load(record + MINE), load(record + FIRST), True
-    for k in range(1, load(record + REPEATS) + 1):
+    mine, first, reached = load(record + PROBE.mine), load(record + PROBE.first), True
+    for k in range(1, load(record + PROBE.repeats) + 1):
         if reached and first != 0:
             store_release(mine, k)
             reached = await_peer(record, k)
@@ -83,26 +72,26 @@ def echo(record):
 
 def hand_over(record, nontemporal):
     """Fill slot k of a ring, publish it, and copy slot k of the other thread, as collectives in a pipeline do."""
-    mine, n, reached = load(record + MINE), load(record + NBYTES), True
-    for k in range(load(record + REPEATS)):
+    mine, n, reached = load(record + PROBE.mine), load(record + PROBE.nbytes), True
+    for k in range(load(record + PROBE.repeats)):
         at = n * (k & (RING - 1))
         if nontemporal:
-            copy_nontemporal(load(record + SLOT) + at, load(record + SOURCE), n)
+            copy_nontemporal(load(record + PROBE.slot) + at, load(record + PROBE.source), n)
         else:
-            fetch(load(record + SLOT) + at, load(record + SOURCE), n)
+            fetch(load(record + PROBE.slot) + at, load(record + PROBE.source), n)
         store_release(mine, k + 1)
         reached = reached and await_peer(record, k + 1)
         if reached:
-            fetch(load(record + TO), load(record + THEIR_SLOT) + at, n)
+            fetch(load(record + PROBE.to), load(record + PROBE.their_slot) + at, n)
     return reached
 
 
 def repeat(record, task):
     """What one thread does alone; false if the system refuses."""
-    to, source, n, done = load(record + TO), load(record + SOURCE), load(record + NBYTES), True
-    for _ in range(load(record + REPEATS)):
+    to, source, n, done = load(record + PROBE.to), load(record + PROBE.source), load(record + PROBE.nbytes), True
+    for _ in range(load(record + PROBE.repeats)):
         if task == POLLS:
-            load_acquire(load(record + THEIRS))
+            load_acquire(load(record + PROBE.theirs))
             pause()
         elif task == YIELDS:
             yield_cpu()
@@ -113,16 +102,16 @@ def repeat(record, task):
         elif task == ADDS:
             add(record)
         elif task == PULLS:
-            done = done and pull(load(record + PID), to, source, n) == n
+            done = done and pull(load(record + PROBE.pid), to, source, n) == n
     return done
 
 
 def add(record):
     """Add two vectors, half of the source each, into the target."""
-    table, source, half = record + PROBE_RECORD_BYTES, load(record + SOURCE), load(record + NBYTES) // 2
+    table, source, half = record + PROBE_RECORD_BYTES, load(record + PROBE.source), load(record + PROBE.nbytes) // 2
     store(table, source)
     store(table + W, source + half)
-    fold(load(record + FOLD), table, 2, 0, load(record + TO), half // 4)
+    fold(load(record + PROBE.fold), table, 2, 0, load(record + PROBE.to), half // 4)
 
 
 PROBE_RECORD_BYTES = PROBE_RECORD.itemsize

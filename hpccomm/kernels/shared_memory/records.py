@@ -9,6 +9,7 @@ line of their own, two buffers and the ring of slots.  The state, the call and t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 W = 8
 """Bytes of a word."""
-LINE = 128
+LINE_BYTES = 128
 """Bytes that a counter has to itself: processors fetch cache lines of 64 bytes in pairs."""
 PAGE = 4096
 """Buffers and slots begin at multiples of this."""
@@ -55,9 +56,9 @@ LINE_RECORD = record(
     ]
 )
 
-PACKET_LINE = record([*_PACKET, ("unused", np.void, LINE - record(_PACKET).itemsize)])
+PACKET_LINE = record([*_PACKET, ("unused", np.void, LINE_BYTES - record(_PACKET).itemsize)])
 """What goes along a tree of ranks; the check is -1 if ranks make different calls."""
-OWN_LINE = np.dtype({"names": ["value"], "formats": [np.int64], "itemsize": LINE})
+OWN_LINE = np.dtype({"names": ["value"], "formats": [np.int64], "itemsize": LINE_BYTES})
 """A word that shares its line with no other."""
 
 _SHARED_WORDS: list[Field] = [
@@ -142,6 +143,13 @@ def offset_of(layout: np.dtype[Any], name: str) -> int:
     """Bytes from the beginning of a record to a field."""
     fields: Any = layout.fields
     return int(fields[name][1])
+
+
+def offsets(layout: np.dtype[Any]) -> ModuleType:
+    """The offsets of all fields of a record, by name; a module, as compiled code reads its attributes as constants."""
+    found, fields = ModuleType("offsets"), dict(layout.fields or {})
+    vars(found).update({name: at for name, (_, at, *_) in fields.items()})
+    return found
 
 
 def fill(target: npt.NDArray[Any], **fields: Any) -> None:
