@@ -41,6 +41,7 @@ from hpccomm.observe.flight_recorder import (
     open_ring,
     recorder,
 )
+from hpccomm.performance.units import format_ranges
 from hpccomm.transports.polling import LONGEST_SECONDS, await_request
 
 PERIOD, QUICK = 0.25, 0.05
@@ -262,7 +263,8 @@ class Makers(Group):
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self._world = find_world_ranks(comm)
-        made = Comm(recorder(), 1 << 61 | hash(self._world) & (1 << 60) - 1, f"{comm.size} ranks")
+        text = f"ranks {format_ranges(self._world)}"
+        made = Comm(recorder(), 1 << 61 | hash(self._world) & (1 << 60) - 1, text)
         super().__init__(made, comm.rank, [tuple(range(comm.size))], None)
 
     @property
