@@ -24,7 +24,7 @@ from hpccomm.calls import operations
 from hpccomm.calls.blocks import NONE, OBJECT_SIGNATURES, SIGNATURES
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last, read_integers
-from hpccomm.calls.consistency import reports
+from hpccomm.calls.consistency import error_reports
 from hpccomm.calls.entry import FREED, Doors, Key, refuse
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.calls.plans import KEPT as KEPT_BUFFERS
@@ -790,17 +790,21 @@ def install_abort_hook() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if os.getpid() != process:  # a child of fork is no rank
             return previous(kind, error, trace)
+        head = "" if alone else f"rank {MPI.COMM_WORLD.rank} aborts all ranks: "
+        line = find_own_line(head, error, trace)
         if alone:
-            lines = describe_error("", error, trace)
-            if lines:
-                return write_lines(lines)
-            return previous(kind, error, trace)
+            if not line:
+                return previous(kind, error, trace)
+            error_reports.write(str(error))
+            return write_lines(line)
         try:
             if previous is not sys.__excepthook__:
                 previous(kind, error, trace)
         finally:
-            lines = describe_failure(MPI.COMM_WORLD.rank, error, trace)
-            write_lines(lines)
+            if line:
+                error_reports.write(str(error))
+            full = f"[hpccomm] {head}uncaught exception:\n{''.join(traceback.format_exception(kind, error, trace))}"
+            write_lines(line or full)
             with suppress(Exception):  # nothing may keep this rank from ending the others
                 write_lines(list_waiting(WAITING_SECONDS))
             time.sleep(FLUSH_SECONDS)
@@ -814,16 +818,8 @@ def write_lines(lines: str) -> None:
     os.write(2, lines.encode(errors="replace"))
 
 
-def describe_failure(rank: int, error: BaseException, trace: TracebackType | None) -> str:
-    """What a rank prints of an uncaught exception: of a mistake of ours a sentence and the program's own line."""
-    head = f"rank {rank} aborts all ranks: "
-    return describe_error(head, error, trace) or (
-        f"[hpccomm] {head}uncaught exception:\n{''.join(traceback.format_exception(type(error), error, trace))}"
-    )
-
-
-def describe_error(head: str, error: BaseException, trace: TracebackType | None) -> str:
-    """The program's own line of an error of ours, whose sentence one of the ranks that have it writes before.
+def find_own_line(head: str, error: BaseException, trace: TracebackType | None) -> str:
+    """The program's own line in which an error of ours was raised, as text that follows the error's sentence.
 
     Empty for other errors, and with ``HPCCOMM_TRACEBACK=full``.
     """
@@ -831,7 +827,6 @@ def describe_error(head: str, error: BaseException, trace: TracebackType | None)
     if not isinstance(error, HpccommError) or not frames or os.environ.get("HPCCOMM_TRACEBACK") == "full":
         return ""
     at = next((each for each in reversed(frames) if not each.filename.startswith(library_folders())), frames[-1])
-    reports.write(str(error))
     return f"[hpccomm] {head}{type(error).__name__} in {at.filename}:{at.lineno}: {at.line}\n"
 
 

@@ -235,7 +235,7 @@ class Context:
         The tuning table is the one that all ranks agreed on: they may ask for a level at different times.
         """
         self.settings, self.table, self.layout = parent.settings, parent._agreed, parent.layout.select(ranks)
-        self._agreed = self.table
+        self._agreed, self.waiters = self.table, parent.waiters
         self.consistency = parent.level_table if self.layout.count == 1 < self.size else None
         number = hash((parent.recorded.number, *ranks)) >> 2 & (1 << 60) - 1 | 1 << 60
         level = "intra-node" if self.layout.count == 1 else "inter-node"

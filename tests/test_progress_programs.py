@@ -58,7 +58,7 @@ if me == 0: atexit.register(lambda: open({ends!r}, "w").close())
 
 
 def test_a_thread_that_makes_its_channel_while_handlers_run_is_waited_for() -> None:
-    """Rank 0's first call begins when its last handler is asleep."""
+    """Also where a handler that was registered before sleeps meanwhile."""
     slow = "import atexit\nif me == 0:\n    atexit.register(time.sleep, 1)\nelse:\n    time.sleep(0.7)\n"
     done = run(2, slow + "comm.Iallreduce(np.ones(3_000_000), np.zeros(3_000_000))\nif me: time.sleep(2)")
     assert done.returncode == 0, done.stderr
@@ -66,7 +66,7 @@ def test_a_thread_that_makes_its_channel_while_handlers_run_is_waited_for() -> N
 
 
 def test_a_thread_that_waits_for_messages_takes_no_core_of_the_program() -> None:
-    """Rank 1 comes a second late; rank 0 computes, or here does nothing, and then waits."""
+    """Rank 1 comes two seconds late; rank 0 does something else, here nothing, for one, and then waits."""
     program = """
 if me:
     time.sleep(2)
