@@ -26,6 +26,7 @@ from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last, read_integers
 from hpccomm.calls.consistency import error_reports
 from hpccomm.calls.entry import FREED, Doors, Key, refuse
+from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.calls.plans import KEPT as KEPT_BUFFERS
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.calls.reader import is_in_place
@@ -265,10 +266,14 @@ class Communicator(MPI.Intracomm):
         Shape and dtype must be the same on all ranks.  The memory is released with the array.  Where the ranks do not
         share memory, the array is an ordinary one.
         """
-        self._prepare("empty")
-        self._planner.use_code()
-        shared = self._planner.shared_memory
-        return shared.empty(shape, dtype) if shared else np.empty(shape, dtype)
+        with self.context.call("empty"):
+            self._prepare("empty")
+            self._planner.use_code()
+            shared, made = self._planner.shared_memory, list[npt.NDArray[Any]]()
+            if shared is None:
+                return np.empty(shape, dtype)
+            self.context.run_together(Fingerprint("empty"), lambda: made.append(shared.empty(shape, dtype)))
+            return made[0]
 
     def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = "f4") -> npt.NDArray[Any]:
         """An array as from :meth:`empty`, filled with zeros (collective)."""

@@ -10,8 +10,10 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from mpi4py import MPI
 
 from hpccomm.calls import consistency
+from hpccomm.calls.between_nodes import BetweenNodes
 from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.consistency import ConsistencyTable
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
@@ -344,6 +346,20 @@ def test_a_rank_that_has_exited_makes_a_call_a_deadlock(node: MakeTables) -> Non
     assert "rank 1 has left the program" in str(here.deadlock_reason())
 
 
+def test_ranks_of_several_nodes_wait_for_none_that_has_left_before_the_call(node: MakeTables) -> None:
+    """One may leave after the call while another one of its node still receives what is compared."""
+    here, after, before = node(3)
+    between = BetweenNodes(MPI.COMM_SELF, here, 0)
+    for table in (here, after):
+        table.begin(table.announce(SUM))
+    after.leave()
+    after.mark_left()
+    between.check_departures(SUM)
+    before.mark_left()
+    with pytest.raises(MismatchError, match=r"rank 2 has left the program, rank 0 waits in Allreduce\(sum, 8 float32"):
+        between.check_departures(SUM)
+
+
 def test_missing_ranks_are_those_that_have_not_entered(node: MakeTables) -> None:
     tables = node(3)
     for me in (0, 2):
@@ -451,6 +467,23 @@ def test_one_rank_of_those_with_the_same_error_writes_it(
         reports[2].write(sentence.format(2))
         reports[0].write(sentence.format(0))
         assert capfd.readouterr().err == ""
+
+
+def test_a_rank_that_comes_to_its_claim_late_finds_the_error_written(
+    node: MakeTables, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look at the claims of others and its own a busy machine may keep it from its core."""
+    late, other = node(2)
+    made, looks = Reports([late], process=100), list[int]()
+
+    def look(mark: int) -> list[int]:
+        looks.append(mark)
+        return Reports._find_claims(made, mark) if len(looks) > 1 else []
+
+    monkeypatch.setattr(made, "_find_claims", look)
+    Reports([other], process=200).write(SENTENCES[0].format(1))
+    made.write(SENTENCES[0].format(0))
+    assert capfd.readouterr().err == "[hpccomm] rank 1: Bcast: the root 7 is not a rank\n"
 
 
 def test_an_error_that_comes_soon_after_another_does_not_hide_it(
