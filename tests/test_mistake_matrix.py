@@ -126,6 +126,11 @@ def is_compared_between_nodes(cell: Cell) -> bool:
     return cell.path != "shared" and cell.mistake not in ("missing", "unstarted") and cell.collective != "empty"
 
 
+def must_raise_everywhere(cell: Cell) -> bool:
+    """Whether every rank raises; a blocking call in place of a non-blocking one is seen on its own node only."""
+    return not cell.legal and not (cell.collective.startswith("I") and cell.mistake == "collective")
+
+
 @pytest.mark.slow
 def test_on_two_nodes_every_rank_raises_the_error_if_all_calls_are_compared(tmp_path: Path) -> None:
     cells = all_cells()
@@ -135,6 +140,6 @@ def test_on_two_nodes_every_rank_raises_the_error_if_all_calls_are_compared(tmp_
     wrong += [
         f"not on all ranks: {cells[number]}: {outcome.results}"
         for number, outcome in found.items()
-        if not cells[number].legal and not (outcome.results and all(map(is_named, outcome.results)))
+        if must_raise_everywhere(cells[number]) and not (outcome.results and all(map(is_named, outcome.results)))
     ]
     assert not list(filter(None, wrong))
