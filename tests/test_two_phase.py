@@ -229,6 +229,67 @@ def test_steps_and_errors_add_up_to_all_gradients(code: Any, size: int) -> None:
             np.testing.assert_allclose(step, found[0][3], atol=1e-5)
 
 
+PLACED = [[0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0], [0, 0, 0, 1], [0, 1, 2, 1, 2, 0]]
+"""The node of each rank; the fourth is uneven, and stays flat."""
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("nodes", PLACED, ids=str)
+@pytest.mark.parametrize("n", [0, 1, 5, 300])
+def test_ranks_of_a_node_add_their_vectors_before_they_are_coded(code: Any, nodes: list[int], n: int) -> None:
+    """The mean is near, the same on all ranks, and steps and errors add up to all gradients, also on other ranks."""
+    size = len(nodes)
+
+    def body(comm: Any) -> Any:
+        method, weights = hpccomm.block_mean(comm, code), np.zeros(n, F32)
+        state, steps, given = method.init(weights), [], np.zeros(n)
+        for number in range(20):
+            gradient = values(n, comm.rank, number)
+            given += gradient
+            step, state = method.update(gradient, state, weights)
+            steps.append(step)
+        kept = snapshot(state)
+        return steps, given, kept, flush(method, state, weights)[0]
+
+    found = run_on_ranks(size, body, nodes)
+    assert len({b"".join(step.tobytes() for step in steps) for steps, *_ in found}) == 1
+    mean = sum(values(n, rank) for rank in range(size)) / size
+    assert np.abs(found[0][0][0] - mean).max(initial=0) < {"int8": 0.1}.get(code, 1.0)
+    total, given = sum(found[0][0]) + found[0][3], sum(each[1] for each in found) / size
+    np.testing.assert_allclose(total, given, atol=1e-4)
+    for new in (1, 3):
+        states = [for_ranks([each[2] for each in found], rank, new) for rank in range(new)]
+
+        def pending(comm: Any, states: Any = states) -> Any:
+            return flush(hpccomm.block_mean(comm, code), states[comm.rank], np.zeros(n, F32))[0]
+
+        for step in run_on_ranks(new, pending):
+            np.testing.assert_allclose(step, found[0][3], atol=1e-5)
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), [(2, 2), (4, 2), (2, 4), (3, 3)])
+def test_through_the_link_of_a_node_travels_a_quarter_of_a_dense_mean(nodes: int, per_node: int) -> None:
+    """A dense one in two levels: 2(N-1)/N vectors of float32."""
+    n = 144 * 256
+
+    def body(comm: Any) -> int:
+        sent = []
+
+        class Counting(CountingComm):
+            @property
+            def inter_node(self) -> Any:
+                sent.append(CountingComm(self.comm.inter_node))
+                return sent[-1]
+
+        method, weights = hpccomm.block_mean(Counting(comm)), np.ones(n, F32)
+        method.update(weights, method.init(weights), weights)
+        return sum(each.sent for each in sent)
+
+    home = [rank // per_node for rank in range(nodes * per_node)]
+    through = sum(run_on_ranks(nodes * per_node, body, home)[:per_node])
+    assert 0 < through <= 0.26 * 2 * (nodes - 1) / nodes * 4 * n
+
+
 def test_a_mean_that_keeps_nothing_has_nothing_to_flush() -> None:
     method, weights = hpccomm.block_mean(MPI.COMM_SELF, feedback=False), np.zeros(5, F32)
     with pytest.raises(ArgumentError, match="nothing to flush"):

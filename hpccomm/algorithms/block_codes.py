@@ -1,7 +1,8 @@
 """The dense mean in 8 bits: blocks of int8, 8-bit floats or MX, in two phases, with or without error feedback.
 
 *p ranks, n elements; e what this rank's coding lost, s what coding the mean of its shard lost.*  A rank sends
-2(p-1)/p · n · (1 + 4/256) bytes with ``int8``, a quarter of float32's::
+2(p-1)/p · n · (1 + 4/256) bytes with ``int8``, a quarter of float32's; on several nodes of as many ranks each these add
+theirs in float32 first, and a node sends so much (p: nodes)::
 
     message = code(g + e);   e ← g + e − decode(message);   step = code(mean of the messages + s)
 
@@ -23,7 +24,7 @@ from hpccomm.algorithms.exchange import allreduce_bytes, exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import GroupSize, ShardedVector, Unsent
 from hpccomm.algorithms.transforms import ResidualTransform, Transform, Vector, check_choice, check_shape
-from hpccomm.collectives.compressed.two_phase import CODES, mean_of_codes
+from hpccomm.collectives.compressed.two_phase import CODES, mean_by_nodes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -87,7 +88,7 @@ def block_mean(
             cost = ExchangeReport(1, time.perf_counter() - began, asked)
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.add(cost))
         errors = (state.residual, state.server) if feedback else (None, None)
-        mean, nbytes = mean_of_codes(comm, gradient, code, *errors)
+        mean, nbytes = mean_by_nodes(comm, gradient, code, *errors)
         cost = ExchangeReport(1, time.perf_counter() - began, nbytes + asked)
         return mean, state._replace(steps=state.steps + 1, report=state.report.add(cost))
 

@@ -14,7 +14,8 @@ exchange                messages                                                
 ``onebit``              allgather of signs: 1-bit SGD                                      n/8 for each remote rank
 ``onebit_phases``       a block of signs to each rank, signs of the means to all: 1-bit    n/4 k(p-k)/p at best
                         Adam
-``int8``, ``mx``, …     likewise in blocks of 8 or 4 bits: ``block_mean``                  2n k(p-k)/p at best
+``int8``, ``mx``, …     likewise in blocks of 8 or 4 bits; ``block_mean`` on even nodes:   2n k(p-k)/p at best
+                        ``+ node``
 ``node``                messages are added inside the nodes, the sums between first ranks  as ``split`` or ``sparse`` on
                                                                                            first ranks
 ======================  =================================================================  ============================

@@ -113,7 +113,8 @@ class TorchNetwork:
         choose: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self._make, self._prepare, self._losses, self._choose = make, prepare, losses, choose
-        self.module = make()
+        with SEEDING:
+            self.module = make()
         self.shapes = {name: tuple(each.shape) for name, each in self.module.named_parameters()}
 
     def initial_weights(self, seed: int) -> dict[str, npt.NDArray[Any]]:
