@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ NAMES = (*FIRST, "gtc", "onebit-sgd", "ef-signsgd", "powersgd", "lamb", "onebit-
 TORCH_NAMES = (*FIRST, "gtc", "powersgd", "int8", "bmuf", "hybrid", "lars", "lamb")
 """The methods of a job with PyTorch's networks."""
 ORDER = tuple(dict.fromkeys((*NAMES, *TORCH_NAMES)))
-"""That of the tables."""
+"""The order of rows in the tables."""
 
 Run = dict[str, Any]
 
@@ -84,6 +85,8 @@ def list_runs() -> Iterator[tuple[str, int, str, int]]:
     """Job, ranks, method, seed; first DGC and 1-bit Adam with their baselines for all jobs, then the others."""
     for first in (True, False):
         for name, job in JOBS.items():
+            if job.framework == "torch" and not find_spec("torch"):
+                continue
             methods = [method for method in job.methods if (method in FIRST) == first]
             for ranks in job.ranks:
                 yield from ((name, ranks, method, seed) for seed in range(job.seeds) for method in methods)
@@ -134,7 +137,8 @@ def tuning_runs(rates: str, methods: Sequence[str]) -> list[tuple[Any, ...]]:
     numbers = [float(each) for each in rates.split(",")]
     return [
         (name, RANKS[0], method, seed, rate)
-        for name in JOBS
+        for name, job in JOBS.items()
+        if job.framework == "numpy"
         for method in methods
         for rate in numbers
         for seed in TUNING_SEEDS

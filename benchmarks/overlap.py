@@ -7,8 +7,8 @@ those of the slowest rank, as medians over the turns of a launch.
 
 All nodes share this machine's cores, so the work of the call itself, in the ranks and in the system, delays the
 computation: the *bound* is the longer of the call, and of the computation and that work one after the other.  The work
-is what the cores do more beside the computation than without the call.  Links take 64 KB at once, as network cards do
-that cut segments into packets themselves: else the kernel does so on the cores that compute.
+is the time that the cores take for both, less that for the computation alone.  Links take 64 KB at once, as network
+cards do that cut segments into packets themselves: else the kernel does so on the cores that compute.
 """
 
 from __future__ import annotations

@@ -556,17 +556,20 @@ def draw_by_rate(record: dict[str, Any], out: Path) -> None:
 
 
 def identify(record: dict[str, Any]) -> tuple[Any, ...]:
-    """The rate, and in a search for the break-even density the shape."""
+    """The rate, and with ``--even`` and ``--paths`` the shape."""
     return record["rate"], *record.get("shape", ())
 
 
 def main() -> int:
     """Measure what the file lacks, print, draw; inside a launch, measure."""
     parser = harness.parser("slow-links", __doc__, rounds=ROUNDS, file="slow-links.json")
-    parser.add_argument("--rate", action="append", help=f"of the links (default: {' and '.join(RATES)})")
+    parser.add_argument(
+        "--rate", action="append", help=f"of the links (default: {' and '.join(RATES)}, with --paths the latter)"
+    )
     parser.add_argument("--only", default="", help="ways with this in their title")
-    parser.add_argument("--even", action="store_true", help="densities at which sparse and dense are even, instead")
-    parser.add_argument("--paths", action="store_true", help="flat and node-aware messages, int8 and dense, instead")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--even", action="store_true", help="densities at which sparse and dense are even, instead")
+    kinds.add_argument("--paths", action="store_true", help="flat and node-aware messages, int8 and dense, instead")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--elements", type=int, help=argparse.SUPPRESS)
     args = harness.parse(parser)
@@ -591,7 +594,8 @@ def main() -> int:
         return {"rate": rate, **launch_work((NODES, PER_NODE), rate, words)}
 
     shapes: Sequence[Any] = list(PATH_SHAPES) if args.paths else BREAK_EVEN_SHAPES if args.even else [()]
-    keys = [(rate, *shape) for rate in args.rate or RATES[args.paths :] for shape in shapes]
+    rates = args.rate or (RATES[1:] if args.paths else RATES)
+    keys = [(rate, *shape) for rate in rates for shape in shapes]
     record.recall_all(keys, lambda key: measure(*key), "paths" if args.paths else "even" if args.even else "records")
     for rows in record.lists.values():
         rows.sort(key=lambda each: -rate_of(each["rate"]))

@@ -111,7 +111,9 @@ def main() -> int:
     parser.add_argument("--framework", default="numpy", help="torch: a GPT of six layers, default numpy")
     args = harness.parse(parser)
     record = harness.Record(args.file, lambda run: (run["shape"], run["method"], run["seed"]), seconds=args.seconds)
-    for name in ("framework", "batch_size"):
+    for name, first in (("framework", "numpy"), ("batch_size", 256)):
+        if record.rows:  # a file from before there were others
+            record.data.setdefault(name, first)
         record.require(name, getattr(args, name))
     flags = {name: getattr(args, name) for name in ("epochs", "samples", "batch_size", "framework")}
     more = [word for name, value in flags.items() for word in (flag_of(name), str(value))]

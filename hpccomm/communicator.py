@@ -24,8 +24,9 @@ from hpccomm.calls import operations
 from hpccomm.calls.blocks import NONE, OBJECT_SIGNATURES, SIGNATURES
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last, read_integers
-from hpccomm.calls.consistency import reports
+from hpccomm.calls.consistency import error_reports
 from hpccomm.calls.entry import FREED, Doors, Key, refuse
+from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.calls.plans import KEPT as KEPT_BUFFERS
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.calls.reader import is_in_place
@@ -265,10 +266,14 @@ class Communicator(MPI.Intracomm):
         Shape and dtype must be the same on all ranks.  The memory is released with the array.  Where the ranks do not
         share memory, the array is an ordinary one.
         """
-        self._prepare("empty")
-        self._planner.use_code()
-        shared = self._planner.shared_memory
-        return shared.empty(shape, dtype) if shared else np.empty(shape, dtype)
+        with self.context.call("empty"):
+            self._prepare("empty")
+            self._planner.use_code()
+            shared, made = self._planner.shared_memory, list[npt.NDArray[Any]]()
+            if shared is None:
+                return np.empty(shape, dtype)
+            self.context.run_together(Fingerprint("empty"), lambda: made.append(shared.empty(shape, dtype)))
+            return made[0]
 
     def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = "f4") -> npt.NDArray[Any]:
         """An array as from :meth:`empty`, filled with zeros (collective)."""
@@ -785,17 +790,21 @@ def install_abort_hook() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if os.getpid() != process:  # a child of fork is no rank
             return previous(kind, error, trace)
+        head = "" if alone else f"rank {MPI.COMM_WORLD.rank} aborts all ranks: "
+        line = find_own_line(head, error, trace)
         if alone:
-            lines = describe_error("", error, trace)
-            if lines:
-                return write_lines(lines)
-            return previous(kind, error, trace)
+            if not line:
+                return previous(kind, error, trace)
+            error_reports.write(str(error))
+            return write_lines(line)
         try:
             if previous is not sys.__excepthook__:
                 previous(kind, error, trace)
         finally:
-            lines = describe_failure(MPI.COMM_WORLD.rank, error, trace)
-            write_lines(lines)
+            if line:
+                error_reports.write(str(error))
+            full = f"[hpccomm] {head}uncaught exception:\n{''.join(traceback.format_exception(kind, error, trace))}"
+            write_lines(line or full)
             with suppress(Exception):  # nothing may keep this rank from ending the others
                 write_lines(list_waiting(WAITING_SECONDS))
             time.sleep(FLUSH_SECONDS)
@@ -809,16 +818,8 @@ def write_lines(lines: str) -> None:
     os.write(2, lines.encode(errors="replace"))
 
 
-def describe_failure(rank: int, error: BaseException, trace: TracebackType | None) -> str:
-    """What a rank prints of an uncaught exception: of a mistake of ours a sentence and the program's own line."""
-    head = f"rank {rank} aborts all ranks: "
-    return describe_error(head, error, trace) or (
-        f"[hpccomm] {head}uncaught exception:\n{''.join(traceback.format_exception(type(error), error, trace))}"
-    )
-
-
-def describe_error(head: str, error: BaseException, trace: TracebackType | None) -> str:
-    """The program's own line of an error of ours, whose sentence one of the ranks that have it writes before.
+def find_own_line(head: str, error: BaseException, trace: TracebackType | None) -> str:
+    """The program's own line in which an error of ours was raised, as text that follows the error's sentence.
 
     Empty for other errors, and with ``HPCCOMM_TRACEBACK=full``.
     """
@@ -826,7 +827,6 @@ def describe_error(head: str, error: BaseException, trace: TracebackType | None)
     if not isinstance(error, HpccommError) or not frames or os.environ.get("HPCCOMM_TRACEBACK") == "full":
         return ""
     at = next((each for each in reversed(frames) if not each.filename.startswith(library_folders())), frames[-1])
-    reports.write(str(error))
     return f"[hpccomm] {head}{type(error).__name__} in {at.filename}:{at.lineno}: {at.line}\n"
 
 

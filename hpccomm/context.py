@@ -235,7 +235,7 @@ class Context:
         The tuning table is the one that all ranks agreed on: they may ask for a level at different times.
         """
         self.settings, self.table, self.layout = parent.settings, parent._agreed, parent.layout.select(ranks)
-        self._agreed = self.table
+        self._agreed, self.waiters = self.table, parent.waiters
         self.consistency = parent.level_table if self.layout.count == 1 < self.size else None
         number = hash((parent.recorded.number, *ranks)) >> 2 & (1 << 60) - 1 | 1 << 60
         level = "intra-node" if self.layout.count == 1 else "inter-node"
@@ -343,8 +343,7 @@ class Context:
 
         ``wire`` is for its messages; ``of``: the group of which this communicator is a level, and its ranks there.
         """
-        head, world = recorder().ring.head, MPI.COMM_WORLD
-        head["rank"], head["size"] = world.rank, world.size
+        recorder().set_rank(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)
         if self.consistency or (of and self.size > 1):
             nodes = [self.layout.members(node) for node in range(self.layout.count)]
             self._group = watchdog.Group(self.recorded, self.rank, nodes, self.consistency, wire, of)
@@ -578,7 +577,8 @@ def context_of(comm: MPI.Intracomm) -> Context:
     """The context of an MPI communicator; the first request is collective."""
     known: Any = comm.Get_attr(context_key())
     if known is None:
-        known = Context(comm)
+        with watchdog.watch_making(unwrap(comm)):
+            known = Context(comm)
         comm.Set_attr(context_key(), known)
     found: Context = known
     return found
@@ -600,11 +600,7 @@ def create_private_comm(comm: MPI.Intracomm) -> MPI.Intracomm:
 
 def name_of(comm: MPI.Intracomm) -> tuple[int, str]:
     """A number for a communicator that no other one has, and its ranks of the world as text; by its rank 0."""
-    group, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
-    ranks = tuple(group.Translate_ranks(list(range(group.size)), world))
-    for each in (group, world):
-        each.Free()
-    text = f"ranks {format_ranges(ranks)}"
+    text = f"ranks {format_ranges(watchdog.find_world_ranks(comm))}"
     made[text] = made.get(text, 0) + 1
     number = f" #{made[text]}" if made[text] > 1 else ""
     return (WORLD << 18 | MPI.COMM_WORLD.rank + 1) << 32 | next(numbers), text + number

@@ -12,6 +12,7 @@ A thread without a queue sleeps.  A blocking call waits for the calls that were 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import threading
 import time
@@ -25,13 +26,16 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.calls.consistency import reports
+from hpccomm.calls import watchdog
+from hpccomm.calls.consistency import error_reports
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.calls.watchdog import EXIT_SECONDS, FLUSH_SECONDS, log_line
 from hpccomm.context import Context, create_private_comm
 from hpccomm.errors import HpccommError, TransportError
 from hpccomm.transports.polling import await_request
 
+PR_SET_TIMERSLACK = 29
+"""Linux's number of that request."""
 DRIVE_SECONDS = 5e-4
 """Seconds between two calls of MPI with ``HPCCOMM_PROGRESS=all``."""
 
@@ -76,13 +80,14 @@ class Call:
                 f"{self.text}: this process was forked while the call was under way, which its parent completes: "
                 "wait before the fork, or start processes by spawn"
             )
-        with _state.lock:
-            _state.waiters[0] += 1
+        counted = 0
         try:
+            with _state.lock:
+                _state.waiters[0] += (counted := 1)
             return self._complete.wait(seconds)
         finally:
             with _state.lock:
-                _state.waiters[0] -= 1
+                _state.waiters[0] -= counted
 
     def run(self, find_channel: Callable[[Call], Any]) -> None:
         """Run the call on the channel and keep its result or its exception, which is also printed."""
@@ -105,7 +110,7 @@ class Call:
 def report_failure(text: str, error: BaseException) -> None:
     """Write that a call has failed: of an error of ours its sentence, by one of the ranks that have it."""
     if isinstance(error, HpccommError) and os.environ.get("HPCCOMM_TRACEBACK") != "full":
-        reports.write(str(error))
+        error_reports.write(str(error))
     else:
         trace = "".join(traceback.format_exception(error))
         os.write(2, f"[hpccomm] {text} has failed:\n{trace}".encode(errors="replace"))
@@ -236,7 +241,7 @@ def submit(
     if context.queue is None:
         context.queue = Queue(context, comm._make_channel)
         _state.queues.add(context.queue)
-        complete_at_end()
+        complete_at_end(complete_all)
     call.algorithm = comm.algorithm
     context.queue.submit(call)
     return future
@@ -248,6 +253,11 @@ def has_thread() -> bool:
 
 
 # Threads
+
+
+def wake_in_time() -> None:
+    """Let the sleeps of this thread end when they should: Linux ends them up to 50 µs later by default."""
+    ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(1000))
 
 
 class Worker(threading.Thread):
@@ -266,6 +276,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Run queues."""
+        wake_in_time()
         while True:
             self._given.acquire()
             queue, self._queue = self._queue, None
@@ -325,14 +336,7 @@ def drive_all() -> None:
     """With ``HPCCOMM_PROGRESS=all``, let a thread drive MPI's own requests and messages from now on."""
     if _state.driver is None and has_thread() and os.environ.get("HPCCOMM_PROGRESS") == "all":
         _state.driver = Driver()
-        complete_at_end()
-
-
-@cache
-def run_at_finalize(function: Callable[[], None]) -> None:
-    """Let MPI's Finalize begin with a function that a module runs at the end of the program, once."""
-    keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, value: function())
-    MPI.COMM_SELF.Set_attr(keyval, None)
+        complete_at_end(complete_all)
 
 
 def forget_threads() -> None:
@@ -361,13 +365,15 @@ def complete_all() -> None:
 
 
 @cache
-def complete_at_end() -> None:
-    """Let the end of the program, and that of MPI, begin with :func:`complete_all`, before the watchdog's end.
+def complete_at_end(complete: Callable[[], None]) -> None:
+    """Let the end of the program, and that of MPI, begin with a function that completes calls, before the watchdog's.
 
     Handlers are registered while no call is under way: Python never runs one that a thread registers during the end.
     """
-    atexit.register(complete_all)
-    run_at_finalize(complete_all)
+    watchdog.end_with_mpi()
+    atexit.register(complete)
+    keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, value: complete())
+    MPI.COMM_SELF.Set_attr(keyval, None)
 
 
 os.register_at_fork(after_in_child=forget_threads)

@@ -30,7 +30,7 @@ from hpccomm.calls.blocks import PARTS, SIGNATURES, total_bytes
 from hpccomm.calls.buffers import Buffer, pad_last, read_integers
 from hpccomm.calls.call import Call
 from hpccomm.calls.entry import FREED
-from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.calls.fingerprint import IN_PLACE, Fingerprint
 from hpccomm.calls.reader import Reader, is_in_place
 from hpccomm.errors import ArgumentError, HpccommError
 from hpccomm.observe.flight_recorder import count_bytes
@@ -216,12 +216,8 @@ class ComparedRequest(MPI.Request):
 
     def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
         """Wait for the call; raises if another rank has made another one."""
-        began = time.monotonic()
         try:
-            with self.record():
-                while not MPI.Request.Test(self, status):
-                    self.compare(True)
-                    pause(began, EAGER_SECONDS, 32)
+            wait_on_record(self, status, partial(self.compare, True))
         finally:
             self.compare(False)
         return True
@@ -229,6 +225,22 @@ class ComparedRequest(MPI.Request):
     def wait(self, status: MPI.Status | None = None) -> None:
         """As :meth:`Wait`."""
         self.Wait(status)
+
+
+def wait_on_record(request: Any, status: MPI.Status | None, look: Callable[[], None] = lambda: None) -> None:
+    """Wait for one of MPI's requests, and ``look`` between two polls; a long wait is one of the recorder's calls."""
+    began = time.monotonic()
+    while not MPI.Request.Test(request, status):
+        look()
+        pause(began, EAGER_SECONDS, 32)
+        if time.monotonic() - began > EAGER_SECONDS:
+            break
+    else:
+        return
+    with request.record():
+        while not MPI.Request.Test(request, status):
+            look()
+            pause(began, EAGER_SECONDS, 32)
 
 
 def start_native(comm: Any, name: str, given: dict[str, Any], native: Callable[..., MPI.Request]) -> MPI.Request:
@@ -244,10 +256,20 @@ def start_native(comm: Any, name: str, given: dict[str, Any], native: Callable[.
 
 
 class PersistentRequest(MPI.Prequest):
-    """A persistent request of MPI."""
+    """A persistent request of MPI; a rank that waits in it for one that does not start its own is reported."""
 
+    record: Callable[[], Any]
     buffers: tuple[Any, ...]
     """The arguments, which stay alive until the request does not."""
+
+    def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
+        """Wait for the call."""
+        wait_on_record(self, status)
+        return True
+
+    def wait(self, status: MPI.Status | None = None) -> None:
+        """As :meth:`Wait`."""
+        self.Wait(status)
 
 
 def compare_quietly(comm: Any, fingerprint: Fingerprint) -> Callable[[bool], None]:
@@ -293,6 +315,7 @@ def make_request(comm: Any, name: str, native: Callable[..., Any], given: dict[s
         comm._planner.guard(fingerprint, lambda: made.append(native(comm, *arguments.values())), True)()
     request = PersistentRequest(made[0])
     request.buffers = (made[0], *given.values())
+    request.record = partial(comm.context.call, f"{name}_init", *list_arrays(given), inside=True)
     return request
 
 
@@ -337,7 +360,8 @@ def read_call(
     if for_mpi and name != "Barrier":
         check_as_blocking(planner.reader, name, {**given, **{key: arguments[key] for key in form.arguments}}, who)
     compared = [(key, buffers[key]) for key in COMPARED[name]]
-    return describe(name, spelling, compared, comm.size, op, root), arguments
+    place = IN_PLACE if name.startswith("Alltoall") and is_in_place(given[SEND]) else ""
+    return describe(name, spelling, compared, comm.size, op, root, place), arguments
 
 
 def check_as_blocking(reader: Reader, name: str, given: dict[str, Any], who: str) -> None:
@@ -373,7 +397,13 @@ def read_for_thread(planner: Any, given: Any, op: MPI.Op | None, who: str, parts
 
 
 def describe(
-    name: str, spelling: str, buffers: list[tuple[str, Buffer]], size: int, op: MPI.Op | None, root: int | None
+    name: str,
+    spelling: str,
+    buffers: list[tuple[str, Buffer]],
+    size: int,
+    op: MPI.Op | None,
+    root: int | None,
+    place: str,
 ) -> Fingerprint:
     """The call as the other ranks see it."""
     key, data = next((each for each in buffers if not is_in_place(each[1].raw)), (BUF, Buffer(None)))
@@ -381,4 +411,4 @@ def describe(
     call = Call(name, "", 0, size, data, data, op, root, data=data if buffers else None)
     dtype = data.dtype or data.base
     call.count = None if dtype is None else str(total_bytes(data, kind, size) // dtype.itemsize)
-    return call.describe("")._replace(collective=spelling)
+    return call.describe("")._replace(collective=spelling, place=place)

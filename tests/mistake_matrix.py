@@ -36,8 +36,29 @@ COLLECTIVES = {
     ),
     **dict.fromkeys(("Allreduce_init", "Bcast_init", "Gather_init", "Reduce_init", "Allgather_init"), ("native",)),
     **dict.fromkeys(("Iallreduce", "Iallgather", "Ibcast", "Igather", "Iscatter", "Ialltoall"), ("auto",)),
+    **dict.fromkeys(
+        ("Allreduce_view", "empty", "sparse_allreduce", "sparse_allgather", "onebit_allreduce", "onebit_allgather"),
+        ("auto",),
+    ),
 }
 """The collectives, and the paths on which they run."""
+OWN = {
+    "Allreduce_view": ("dtype", "count", "op"),
+    "empty": ("dtype", "count"),
+    **dict.fromkeys(
+        ("sparse_allreduce", "sparse_allgather", "onebit_allreduce", "onebit_allgather"), ("count", "sibling")
+    ),
+}
+"""Those that MPI does not have, and what a rank can pass in another way."""
+
+
+SIBLINGS = {
+    "sparse_allreduce": "sparse_allgather",
+    "sparse_allgather": "onebit_allgather",
+    "onebit_allreduce": "onebit_allgather",
+    "onebit_allgather": "sparse_allgather",
+}
+"""Another one that moves arguments of nearly the same kind first."""
 
 
 class Cell(NamedTuple):
@@ -57,19 +78,27 @@ def blocking_name(name: str) -> str:
 
 def is_possible(name: str, mistake: str) -> bool:
     """Whether a mistake can be made in a collective."""
+    always = {
+        "missing": True,
+        "collective": True,
+        "unstarted": name.endswith("_init"),
+        "place": blocking_name(name) in ("Alltoall", "Alltoallv", "Alltoallw"),
+    }
+    if mistake in always:
+        return always[mistake]
+    if name in OWN:
+        return mistake in OWN[name]
     upper, name = name[0].isupper(), blocking_name(name)
-    if mistake in ("missing", "collective"):
-        return True
     if mistake == "op":
         return name in (*REDUCTIONS, "allreduce", "reduce")
     if mistake == "root":
         return name in ROOTED
-    return upper and not (mistake in ("dtype", "order") and name == "Alltoallw")
+    return upper and mistake != "sibling" and not (mistake in ("dtype", "order") and name == "Alltoallw")
 
 
 def all_cells() -> list[Cell]:
     """The whole matrix."""
-    mistakes = ("dtype", "count", "order", "op", "root", "collective", "missing")
+    mistakes = ("dtype", "count", "order", "op", "root", "collective", "missing", "unstarted", "sibling", "place")
     cells = [
         Cell(name, mistake, path, when)
         for name, paths in COLLECTIVES.items()
@@ -80,7 +109,7 @@ def all_cells() -> list[Cell]:
         Cell(name, cousin, path, when, True)
         for name, paths in COLLECTIVES.items()
         for cousin, path, when in product(("same", "shape", "new arrays"), paths, WHEN)
-        if name[0].isupper()
+        if name[0].isupper() or (name in OWN and cousin == "same")
     ]
     return cells + legal
 
@@ -95,6 +124,7 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
     n = 3 if odd and cell.mistake == "count" else 4
     op = MPI.MAX if odd and cell.mistake == "op" else MPI.SUM
     root = 1 if odd and cell.mistake == "root" else 0
+    registered = comm.zeros(64, "u1") if name == "Allreduce_view" else np.zeros(64, "u1")
     if odd and cell.mistake == "collective":
         return comm.Barrier if name != "barrier" else lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(4))
     order = "F" if odd and cell.mistake == "order" else "C"
@@ -109,6 +139,11 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
     even, places = [n] * p, [n * k for k in range(p)]
     at_root = me == root
     types = [MPI.DOUBLE] * p
+    typed = [8 * k for k in places], types
+    within = odd and cell.mistake == "place"
+    late = LATE_SECONDS if odd and cell.mistake == "unstarted" else 0.0
+    indices, picked, signs = np.arange(2, dtype=np.uint32), np.ones(2, "f4"), 16 * p * n
+    errors = np.zeros(signs, "f4"), np.zeros(signs // p, "f4")
     calls: dict[str, Callable[[], Any]] = {
         "Allreduce": lambda: comm.Allreduce(one, into_one, op, **named),
         "Reduce": lambda: comm.Reduce(one, into_one, op, root, **named),
@@ -117,16 +152,16 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
         "Allgather": lambda: comm.Allgather(one, into_each, **named),
         "Allgatherv": lambda: comm.Allgatherv(one, into_each, **named),
         "Bcast": lambda: comm.Bcast(one, root, **named),
-        "Alltoall": lambda: comm.Alltoall(each, into_each, **named),
+        "Alltoall": lambda: comm.Alltoall(MPI.IN_PLACE if within else each, into_each, **named),
         "Scan": lambda: comm.Scan(one, into_one, op),
         "Exscan": lambda: comm.Exscan(one, into_one, op),
         "Gather": lambda: comm.Gather(one, into_each if at_root else None, root),
         "Gatherv": lambda: comm.Gatherv(one, [into_each, even] if at_root else None, root),
         "Scatter": lambda: comm.Scatter(each if at_root else None, into_one, root),
         "Scatterv": lambda: comm.Scatterv([each, even] if at_root else None, into_one, root),
-        "Alltoallv": lambda: comm.Alltoallv([each, even], [into_each, even]),
+        "Alltoallv": lambda: comm.Alltoallv(MPI.IN_PLACE if within else [each, even], [into_each, even]),
         "Alltoallw": lambda: comm.Alltoallw(
-            [each, even, [8 * k for k in places], types], [into_each, even, [8 * k for k in places], types]
+            MPI.IN_PLACE if within else [each, even, *typed], [into_each, even, *typed]
         ),
         "allreduce": lambda: comm.allreduce(me, op),
         "reduce": lambda: comm.reduce(me, op, root),
@@ -136,23 +171,32 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
         "scatter": lambda: comm.scatter(list(range(p)) if at_root else None, root),
         "alltoall": lambda: comm.alltoall(list(range(p))),
         "barrier": comm.barrier,
-        "Allreduce_init": lambda: run_request(comm.Allreduce_init(one, into_one, op)),
-        "Bcast_init": lambda: run_request(comm.Bcast_init(one, root)),
-        "Gather_init": lambda: run_request(comm.Gather_init(one, into_each if at_root else None, root)),
-        "Reduce_init": lambda: run_request(comm.Reduce_init(one, into_one, op, root)),
-        "Allgather_init": lambda: run_request(comm.Allgather_init(one, into_each)),
+        "Allreduce_init": lambda: run_request(comm.Allreduce_init(one, into_one, op), late),
+        "Bcast_init": lambda: run_request(comm.Bcast_init(one, root), late),
+        "Gather_init": lambda: run_request(comm.Gather_init(one, into_each if at_root else None, root), late),
+        "Reduce_init": lambda: run_request(comm.Reduce_init(one, into_one, op, root), late),
+        "Allgather_init": lambda: run_request(comm.Allgather_init(one, into_each), late),
         "Iallreduce": lambda: comm.Iallreduce(one, into_one, op).Wait(),
         "Iallgather": lambda: comm.Iallgather(one, into_each).Wait(),
         "Ibcast": lambda: comm.Ibcast(one, root).Wait(),
         "Igather": lambda: comm.Igather(one, into_each if at_root else None, root).Wait(),
         "Iscatter": lambda: comm.Iscatter(each if at_root else None, into_one, root).Wait(),
-        "Ialltoall": lambda: comm.Ialltoall(each, into_each).Wait(),
+        "Ialltoall": lambda: comm.Ialltoall(MPI.IN_PLACE if within else each, into_each).Wait(),
+        "Allreduce_view": lambda: comm.Allreduce_view(
+            registered[: n * one.itemsize].view(dtype).reshape(one.shape), op
+        ),
+        "empty": lambda: comm.empty(n, dtype),
+        "sparse_allreduce": lambda: comm.sparse_allreduce(indices, picked, 10 * n),
+        "sparse_allgather": lambda: comm.sparse_allgather(indices, picked, 10 * n),
+        "onebit_allreduce": lambda: comm.onebit_allreduce(np.ones(signs, "f4"), *errors),
+        "onebit_allgather": lambda: comm.onebit_allgather(np.zeros(-(-10 * n // 8), "u1"), 1.0, -1.0, 10 * n),
     }
-    return calls[name]
+    return calls[SIBLINGS[name] if odd and cell.mistake == "sibling" else name]
 
 
-def run_request(request: Any) -> None:
+def run_request(request: Any, late: float) -> None:
     """Start and complete a persistent call."""
+    time.sleep(late)
     request.Start()
     request.Wait()
     request.Free()

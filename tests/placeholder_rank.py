@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from hpccomm.torch import placeholders
@@ -35,6 +36,14 @@ class FolderStore:
     def check(self, keys: list[str]) -> bool:
         """Whether all these keys have values."""
         return all(self._path(key).exists() for key in keys)
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        """Set a value if there is none; returns what is there."""
+        part = self._folder / f"part {os.getpid()}"
+        part.write_text(value)
+        with suppress(FileExistsError):
+            os.link(part, self._path(key))
+        return self.get(key)
 
 
 def main(rank: int, size: int, folder: Path, end: str) -> None:

@@ -10,8 +10,10 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from mpi4py import MPI
 
 from hpccomm.calls import consistency
+from hpccomm.calls.between_nodes import BetweenNodes
 from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.consistency import ConsistencyTable
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
@@ -344,6 +346,20 @@ def test_a_rank_that_has_exited_makes_a_call_a_deadlock(node: MakeTables) -> Non
     assert "rank 1 has left the program" in str(here.deadlock_reason())
 
 
+def test_ranks_of_several_nodes_wait_for_none_that_has_left_before_the_call(node: MakeTables) -> None:
+    """One may leave after the call while another one of its node still receives what is compared."""
+    here, after, before = node(3)
+    between = BetweenNodes(MPI.COMM_SELF, here, 0)
+    for table in (here, after):
+        table.begin(table.announce(SUM))
+    after.leave()
+    after.mark_left()
+    between.check_departures(SUM)
+    before.mark_left()
+    with pytest.raises(MismatchError, match=r"rank 2 has left the program, rank 0 waits in Allreduce\(sum, 8 float32"):
+        between.check_departures(SUM)
+
+
 def test_missing_ranks_are_those_that_have_not_entered(node: MakeTables) -> None:
     tables = node(3)
     for me in (0, 2):
@@ -429,7 +445,7 @@ def write_together(reports: list[Reports], sentence: str) -> None:
 
     def write(k: int) -> None:
         start.wait()
-        reports[k].write(sentence.format(k), process=100 + k)
+        reports[k].write(sentence.format(k))
 
     threads = [threading.Thread(target=write, args=(k,)) for k in range(len(reports))]
     for each in threads:
@@ -444,13 +460,50 @@ def test_one_rank_of_those_with_the_same_error_writes_it(
 ) -> None:
     """Also of ranks that come at the same time and look at their two tables in another order, and a later one."""
     pairs = list(zip(node(3), node(3), strict=True))
-    reports = [Reports(pair[::-1] if k in backwards else pair) for k, pair in enumerate(pairs)]
+    reports = [Reports(pair[::-1] if k in backwards else pair, process=100 + k) for k, pair in enumerate(pairs)]
     for sentence in SENTENCES:
         write_together(reports[:2], sentence)
         assert capfd.readouterr().err.count(sentence[8:].partition("{")[0]) == 1
-        reports[2].write(sentence.format(2), process=102)
-        reports[0].write(sentence.format(0), process=100)
+        reports[2].write(sentence.format(2))
+        reports[0].write(sentence.format(0))
         assert capfd.readouterr().err == ""
+
+
+def test_a_rank_that_comes_to_its_claim_late_finds_the_error_written(
+    node: MakeTables, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look at the claims of others and its own a busy machine may keep it from its core."""
+    late, other = node(2)
+    made, looks = Reports([late], process=100), list[int]()
+
+    def look(mark: int) -> list[int]:
+        looks.append(mark)
+        return Reports._find_claims(made, mark) if len(looks) > 1 else []
+
+    monkeypatch.setattr(made, "_find_claims", look)
+    Reports([other], process=200).write(SENTENCES[0].format(1))
+    made.write(SENTENCES[0].format(0))
+    assert capfd.readouterr().err == "[hpccomm] rank 1: Bcast: the root 7 is not a rank\n"
+
+
+def test_an_error_that_comes_soon_after_another_does_not_hide_it(
+    node: MakeTables, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpccomm.calls.reports.WRITE_SECONDS", 0.2)
+    first, second = (Reports([table]) for table in node(2))
+    for sentence in SENTENCES:
+        first.write(sentence.format(0))
+    assert capfd.readouterr().err.count("[hpccomm]") == 2
+    second.write(SENTENCES[0].format(1))
+    assert capfd.readouterr().err == ""
+
+
+def test_threads_with_the_same_error_wait_until_it_is_written(
+    node: MakeTables, capfd: pytest.CaptureFixture[str]
+) -> None:
+    [table, _] = node(2)
+    write_together([Reports([table])] * 2, "rank 0: the ranks are out of step")
+    assert capfd.readouterr().err.count("[hpccomm]") == 1
 
 
 def test_a_rank_writes_an_error_if_the_one_that_would_has_ended(
@@ -460,7 +513,7 @@ def test_a_rank_writes_an_error_if_the_one_that_would_has_ended(
     ended, lives = node(2)
     with monkeypatch.context() as patch:
         patch.setattr("hpccomm.calls.reports.os.write", lambda *_: None)
-        patch.setattr(Reports, "_claim", lambda self, claim: ended.write_claim(claim & ~1))
+        patch.setattr(Reports, "_claim", lambda self, number, claim: ended.write_claim(number, claim & ~1))
         Reports([ended]).write(SENTENCES[0].format(0))
     Reports([lives]).write(SENTENCES[0].format(1))
     assert capfd.readouterr().err == "[hpccomm] rank 1: Bcast: the root 7 is not a rank\n"

@@ -687,28 +687,27 @@ def test_a_million_calls_take_no_memory(ours: Communicator) -> None:
 
 
 @pytest.mark.mpi(sizes=(2,))
-def test_a_rank_that_comes_late_leaves_other_threads_the_interpreter(ours: Communicator) -> None:
+def test_a_rank_that_comes_late_leaves_other_threads_the_interpreter(ours: Communicator, tmp_path: Path) -> None:
+    """A thread of the rank that waits counts, and the other rank comes when it has counted on."""
     import threading
 
-    x, ticks, stop = np.ones(4), [0], threading.Event()
+    x, counted = np.ones(4), Path(ours.bcast(str(tmp_path))) / "counted"
     for _ in range(3):
         ours.Allreduce(x, np.empty(4))
 
-    def tick() -> None:
-        while not stop.wait(0.001):
-            ticks[0] += 1
+    def count() -> None:
+        for _ in range(200):
+            time.sleep(0.001)
+        counted.touch()
 
-    thread = threading.Thread(target=tick)
-    thread.start()
-    try:
-        if ours.rank == 1:
-            time.sleep(1)
-        before = ticks[0]
-        ours.Allreduce(x, np.empty(4))
-        if ours.rank == 0:
-            assert ticks[0] - before > 20
-    finally:
-        stop.set()
+    thread, until = threading.Thread(target=count), time.monotonic() + 30
+    if ours.rank == 0:
+        thread.start()
+    while ours.rank == 1 and not counted.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    ours.Allreduce(x, np.empty(4))
+    assert time.monotonic() < until
+    if ours.rank == 0:
         thread.join()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ def test_a_slow_rank_is_late_by_the_chosen_time(comm: Communicator) -> None:
         comm.allgather(1)
         began = time.monotonic()
         comm.Barrier()
-        assert time.monotonic() - began >= 0.35
+        ended = time.monotonic()
+    assert ended - comm.bcast(began, root=1) >= 0.35
     assert "Barrier" not in vars(comm)
 
 
@@ -67,18 +69,20 @@ def test_an_impossible_fault_is_refused(comm: Communicator, fault: str, rank: in
 
 @pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("fault", ["kill", "exit", "raise"])
-def test_a_rank_that_ends_in_a_collective_ends_the_job(fault: str) -> None:
+def test_a_rank_that_ends_in_a_collective_ends_the_job(fault: str, tmp_path: Path) -> None:
+    """The ranks write to files: a launcher may drop what a job that it ends has printed."""
     status, said = run_job(
         f"""
-        with faults.inject(comm, {fault!r}, rank=1, call=3):
-            for step in range(5):
-                comm.Allreduce(x, np.empty(4))
-                print("step", step, flush=True)
+        with open(f"{tmp_path}/{{comm.rank}}", "w", buffering=1) as file:
+            with faults.inject(comm, {fault!r}, rank=1, call=3):
+                for step in range(5):
+                    comm.Allreduce(x, np.empty(4))
+                    file.write(f"step {{step}}\\n")
         """
     )
     assert status != 0, said
-    assert "step 1" in said
-    assert "step 4" not in said
+    assert (tmp_path / "1").read_text() == "step 0\nstep 1\n"
+    assert "step 2" not in (tmp_path / "0").read_text()
 
 
 @pytest.mark.slow(keep=2)

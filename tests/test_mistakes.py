@@ -6,6 +6,7 @@ import textwrap
 import time
 
 import pytest
+from late_rank import LATE_RANK
 
 from hpccomm.testing.jobs import run_under_mpi
 
@@ -13,8 +14,9 @@ PATIENCE = 60.0
 
 pytestmark = pytest.mark.slow(keep=1)
 
-SETUP = """
-import sys, numpy as np
+SETUP = (
+    """
+import os, sys, time, numpy as np
 from mpi4py import MPI
 import hpccomm
 comm = hpccomm.Communicator(MPI.COMM_WORLD)
@@ -22,6 +24,8 @@ odd = comm.rank == 1
 x = np.ones(8, "f4")
 comm.Allreduce(MPI.IN_PLACE, x)
 """
+    + LATE_RANK
+)
 
 
 def outcome(ranks: int, body: str) -> tuple[int, str]:
@@ -153,10 +157,9 @@ def test_a_missing_rank_is_named_while_the_others_wait(algorithm: str) -> None:
     status, said = outcome(
         3,
         f"""
-        import os, time
         os.environ["HPCCOMM_STALL_SECONDS"] = "1"
         if odd:
-            time.sleep(4)
+            sleep_until_asked()
         comm.Allreduce(MPI.IN_PLACE, x, algorithm={algorithm!r})
         assert (x == 9).all()
         """,

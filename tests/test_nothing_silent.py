@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from late_rank import LATE_RANK
 from mpi4py import MPI
 from open_files import count_open_files
 
@@ -409,7 +410,8 @@ def test_an_array_can_be_resized_after_a_call(comm: Communicator) -> None:
     y.resize(8)
 
 
-SETUP = """
+SETUP = (
+    """
 import os, sys, threading, time
 import numpy as np
 from mpi4py import MPI
@@ -417,6 +419,8 @@ import hpccomm
 comm = hpccomm.Communicator(MPI.COMM_WORLD)
 odd, x = comm.rank == 1, np.ones(4)
 """
+    + LATE_RANK
+)
 
 
 def run_job(ranks: int, body: str, seconds: float = 90.0) -> tuple[int, str]:
@@ -520,12 +524,32 @@ def test_exit_handlers_and_forked_children_may_end_as_they_like() -> None:
 
 
 @pytest.mark.slow(keep=2)
+@pytest.mark.parametrize("algorithm", ["native", "shared"])
+def test_a_rank_that_ends_mpi_before_the_others_is_named(algorithm: str) -> None:
+    began = time.monotonic()
+    status, said = run_job(
+        3,
+        f"""
+        comm.Barrier()
+        if odd:
+            MPI.Finalize()
+            time.sleep(80)
+            sys.exit()
+        comm.Allreduce(x, np.empty(4), algorithm={algorithm!r})
+        """,
+    )
+    assert status != 0, said
+    assert "rank 1 has left the program" in said
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow(keep=2)
 def test_a_rank_that_misses_the_first_collective_is_named() -> None:
     status, said = run_job(
         3,
         """
         os.environ["HPCCOMM_STALL_SECONDS"] = "1"
-        if odd: time.sleep(4)
+        if odd: sleep_until_asked()
         comm.Gather(x, np.empty(12) if comm.rank == 0 else None)
         """,
     )

@@ -41,9 +41,16 @@ USED, NEW = "comm.Allreduce(x, y)\n", ""
 
 
 @pytest.mark.parametrize("before", [USED, NEW])
-def test_a_program_that_ends_with_calls_under_way_says_so(before: str) -> None:
-    """All ranks have made the call, so it completes."""
-    done = run(2, before + "comm.Iallreduce(np.ones(3_000_000), np.zeros(3_000_000))\nif me: time.sleep(0.5)")
+def test_a_program_that_ends_with_calls_under_way_says_so(before: str, tmp_path: Any) -> None:
+    """Rank 1 makes the call while rank 0 ends, so it completes."""
+    ends = str(tmp_path / "ends")
+    program = f"""
+import atexit
+if me: await_file({ends!r})
+comm.Iallreduce(np.ones(3_000_000), np.zeros(3_000_000))
+if me == 0: atexit.register(lambda: open({ends!r}, "w").close())
+"""
+    done = run(2, before + program)
     assert done.returncode == 0, done.stderr
     assert (
         "the program ends while calls are under way (Iallreduce(sum, 3000000 float64)): wait for every" in done.stderr
@@ -51,7 +58,7 @@ def test_a_program_that_ends_with_calls_under_way_says_so(before: str) -> None:
 
 
 def test_a_thread_that_makes_its_channel_while_handlers_run_is_waited_for() -> None:
-    """Rank 0's first call begins when its last handler is asleep."""
+    """Also where a handler that was registered before sleeps meanwhile."""
     slow = "import atexit\nif me == 0:\n    atexit.register(time.sleep, 1)\nelse:\n    time.sleep(0.7)\n"
     done = run(2, slow + "comm.Iallreduce(np.ones(3_000_000), np.zeros(3_000_000))\nif me: time.sleep(2)")
     assert done.returncode == 0, done.stderr
@@ -59,7 +66,7 @@ def test_a_thread_that_makes_its_channel_while_handlers_run_is_waited_for() -> N
 
 
 def test_a_thread_that_waits_for_messages_takes_no_core_of_the_program() -> None:
-    """Rank 1 comes a second late; rank 0 computes, or here does nothing, and then waits."""
+    """Rank 1 comes two seconds late; rank 0 does something else, here nothing, for one, and then waits."""
     program = """
 if me:
     time.sleep(2)

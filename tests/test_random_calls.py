@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,10 +189,11 @@ def test_many_more_ranks_than_cores_agree_in_shared_memory(comm: Communicator) -
     make_many_calls(comm)
 
 
-def make_many_calls(comm: Communicator) -> None:
+def make_many_calls(comm: Communicator, say: Callable[[int], None] = lambda calls: None) -> None:
     """Random calls in shared memory, of the ranks in order or in reverse; now and then one is late and others sleep.
 
-    Memory does not grow after half of the calls, in which the plans have filled their caches.
+    Memory does not grow after half of the calls, in which the plans have filled their caches.  ``say`` is told how many
+    calls are made.
     """
     comms, middle = [comm, comm.Split(0, -comm.rank)], 0
     registered = [each.zeros(40_000, "u1") for each in comms]
@@ -201,6 +203,7 @@ def make_many_calls(comm: Communicator) -> None:
             time.sleep(0.002)
         which = int(draw.random.integers(len(comms)))
         one_call(comms[which], draw, registered[which])
+        say(k + 1)
         if k == MANY_CALLS // 2:
             gc.collect()
             middle = resident_bytes()
@@ -210,6 +213,10 @@ def make_many_calls(comm: Communicator) -> None:
 
 if __name__ == "__main__":  # hpccomm-run -n 64 tests/test_random_calls.py
     began = time.monotonic()
-    make_many_calls(Communicator(MPI.COMM_WORLD))
-    if MPI.COMM_WORLD.rank == 0:
-        print(f"{MANY_CALLS} calls of {MPI.COMM_WORLD.size} ranks are right, {time.monotonic() - began:.1f} s")
+
+    def say(calls: int) -> None:
+        if MPI.COMM_WORLD.rank == 0 and calls % 250 == 0:
+            seconds = time.monotonic() - began
+            print(f"{calls} calls of {MPI.COMM_WORLD.size} ranks are right, {seconds:.1f} s", flush=True)
+
+    make_many_calls(Communicator(MPI.COMM_WORLD), say)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from late_rank import LATE_RANK
 from mpi4py import MPI
 
 import hpccomm
@@ -29,7 +30,8 @@ from hpccomm.kernels.entry.records import MOST_ARGUMENTS
 from hpccomm.observe.flight_recorder import TEXTS, Call, Comm, Recorder, recorder
 from hpccomm.testing.jobs import run_under_mpi, start, stop
 
-SETUP = """
+SETUP = (
+    """
 import os, sys, time
 import numpy as np
 from mpi4py import MPI
@@ -38,6 +40,8 @@ from hpccomm import context
 def two_nodes():
     context.ranks_of_this_node = lambda comm: comm.Split(comm.rank // 2, comm.rank)
 """
+    + LATE_RANK
+)
 STUCK = """
 comm = hpccomm.Communicator(MPI.COMM_WORLD)
 x = np.ones(8, "f4")
@@ -45,7 +49,7 @@ for _ in range(5):
     comm.Allreduce(MPI.IN_PLACE, x)
 os.environ["HPCCOMM_STALL_SECONDS"] = "1"  # the first calls may take long on a loaded machine
 def read_data():
-    time.sleep(5)  # here it is stuck
+    sleep_until_asked()  # here it is stuck
 if comm.rank == 1:
     read_data()
 comm.Allreduce(MPI.IN_PLACE, x)
@@ -99,12 +103,55 @@ def test_a_stall_is_reported_once_by_all_ranks_together_and_again_later() -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("made", ["Split(0, comm.rank)", "Dup()", "Create_cart([3])", "Create(comm.Get_group())"])
 def test_the_rank_that_is_missing_when_others_make_a_communicator_is_named(made: str) -> None:
-    wait = "comm = hpccomm.Communicator(MPI.COMM_WORLD)\nif comm.rank == 0: time.sleep(4)\n"
+    wait = "comm = hpccomm.Communicator(MPI.COMM_WORLD)\nif comm.rank == 0: sleep_until_asked()\n"
     status, said = run_job(3, f"{wait}comm.{made}", {"HPCCOMM_STALL_SECONDS": "1"})
     assert status == 0, said
     assert re.search(rf"rank [12]: {made.split('(', maxsplit=1)[0]} not complete after .* s; missing: rank 0", said), (
         said
     )
+
+
+@pytest.mark.slow
+def test_the_rank_that_is_missing_when_others_make_their_first_communicator_is_named() -> None:
+    program = "if MPI.COMM_WORLD.rank != 1: hpccomm.Communicator(MPI.COMM_WORLD)"
+    status, said = run_job(3, program, {"HPCCOMM_STALL_SECONDS": "1", "HPCCOMM_STALL_ACTION": "abort"})
+    assert status != 0, said
+    assert re.search(r"rank [02]: Communicator not complete after .* s; missing: rank 1\n", said), said
+    assert "rank 1: in no communicator of hpccomm yet, or on another node" in said
+
+
+@pytest.mark.slow
+def test_the_rank_that_makes_no_communicator_from_another_one_says_where_it_is() -> None:
+    status, said = run_job(
+        3,
+        """
+        comm, other = hpccomm.Communicator(MPI.COMM_WORLD), MPI.COMM_WORLD.Split(0, -MPI.COMM_WORLD.rank)
+        os.environ["HPCCOMM_STALL_SECONDS"] = "1"
+        if comm.rank == 0: sleep_until_asked()
+        hpccomm.Communicator(other).Barrier()
+        """,
+    )
+    assert status == 0, said
+    assert re.search(r"rank [01]: Communicator not complete after .* s; missing: rank 2\n", said), said
+    assert re.search(r"rank 2: has made no call yet: .* in sleep_until_asked", said), said
+
+
+def test_the_watchdog_goes_on_after_an_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made, looks = watchdog.Watchdog(), []
+
+    def look(launchers: Any) -> bool:
+        looks.append(launchers)
+        if len(looks) == 3:
+            raise SystemExit
+        raise KeyError("lost")
+
+    monkeypatch.setattr(made, "_look", look)
+    monkeypatch.setattr(watchdog, "PERIOD", 0.01)
+    with pytest.raises(SystemExit):
+        made.run_watchdog()
+    assert capfd.readouterr().err.count("KeyError: 'lost'") == 1
 
 
 LEVELS = {
@@ -131,7 +178,7 @@ def test_stalls_of_levels_and_derived_communicators_are_reported() -> None:
         os.environ["HPCCOMM_STALL_SECONDS"] = "0.5"
         for each in made:
             comm.Barrier()
-            if comm.rank == 3: time.sleep(2)
+            if comm.rank == 3: sleep_until_asked(1.0)
             each.Allreduce(MPI.IN_PLACE, x)
         """,
     )
@@ -158,7 +205,7 @@ def test_ranks_that_share_no_communicator_with_the_late_one_say_for_whom_they_wa
         pair.Allreduce(np.ones(8), np.empty(8))
         os.environ["HPCCOMM_STALL_SECONDS"] = "0.5"
         def read_data():
-            time.sleep(3)
+            sleep_until_asked()
         if comm.rank == 3:
             read_data()
         if comm.rank >= 2:
@@ -182,7 +229,7 @@ def test_the_missing_ranks_of_a_call_in_several_parts_are_named() -> None:
         comm, x = hpccomm.Communicator(MPI.COMM_WORLD), np.ones(8)
         comm.Allreduce(x, x.copy(), reproducible=True)
         os.environ["HPCCOMM_STALL_SECONDS"] = "0.5"
-        time.sleep(5 * comm.rank)
+        if comm.rank: sleep_until_asked()
         comm.Allreduce(x, x.copy(), reproducible=True)
         """,
     )
@@ -240,7 +287,7 @@ def test_a_stopped_rank_is_named_and_goes_on() -> None:
 @pytest.mark.slow(keep=3)
 def test_a_stall_can_end_the_job() -> None:
     began = time.monotonic()
-    status, said = run_job(2, STUCK.replace("sleep(5)", "sleep(50)"), {"HPCCOMM_STALL_ACTION": "abort"})
+    status, said = run_job(2, STUCK.replace("sleep_until_asked()", "time.sleep(50)"), {"HPCCOMM_STALL_ACTION": "abort"})
     assert status != 0
     assert time.monotonic() - began < 40
     assert "missing: rank 1" in said
@@ -249,7 +296,8 @@ def test_a_stall_can_end_the_job() -> None:
 
 @pytest.mark.slow(keep=3)
 def test_an_uncaught_exception_says_where_the_others_wait() -> None:
-    status, said = run_job(3, STUCK.replace("time.sleep(5)", "time.sleep(0.5); raise ValueError('no data')"))
+    fail = "sleep_until_others_wait(comm); hpccomm.communicator.WAITING_SECONDS = 30; raise ValueError('no data')"
+    status, said = run_job(3, STUCK.replace("sleep_until_asked()", fail))
     assert status != 0
     assert "ValueError: no data" in said
     assert re.search(r"ranks 0, 2: in Allreduce.*in <module>", said), said
@@ -362,11 +410,10 @@ def test_a_node_without_memory_for_its_table_keeps_no_other_from_starting() -> N
 
 
 def test_stacks_shows_all_ranks_of_a_running_job(capsys: pytest.CaptureFixture[str]) -> None:
-    program = SETUP + STUCK.replace("sleep(5)", "sleep(60)").replace("\nif", "\nprint('ready', flush=True)\nif")
+    stuck = "sleep_until_others_wait(comm); print('ready', flush=True); time.sleep(60)"
+    program = SETUP + STUCK.replace("sleep_until_asked()", stuck)
     with start(2, ["-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        for _ in range(2):
-            process.stdout.readline()
-        time.sleep(0.5)
+        process.stdout.readline()
         assert main(["stacks", str(process.pid)]) == 0
         said = capsys.readouterr().out
         ranks, size = find_ranks(process.pid)

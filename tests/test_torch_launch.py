@@ -153,16 +153,15 @@ def test_a_mistake_ends_the_job_with_a_traceback(mistake: str, tmp_path: Path, e
 
 
 @pytest.mark.slow
-def test_a_rank_that_crashes_ends_the_job_within_five_seconds(tmp_path: Path, entry_point: dict[str, str]) -> None:
+def test_a_rank_that_crashes_ends_the_job_within_seconds(tmp_path: Path, entry_point: dict[str, str]) -> None:
     program = write(
         tmp_path,
         """
-import time
+import os, time
 dist.init_process_group("hpccomm")
 dist.barrier()
 if dist.get_rank():
-    sys.stdout.write(f"crash {time.time()}\\n")
-    sys.stdout.flush()
+    os.write(2, f"crash {time.time()}\\n".encode())
     raise KeyError("lost")
 dist.all_reduce(torch.ones(8))
 """,
@@ -171,8 +170,9 @@ dist.all_reduce(torch.ones(8))
     ended = time.time()
     assert done.returncode != 0
     assert "KeyError: 'lost'" in done.stderr
-    crashes = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("crash ")]
-    assert ended - max(crashes) < 5
+    crashes = [float(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("crash ")]
+    assert crashes, done.stderr
+    assert ended - max(crashes) < 10  # on a quiet machine 2
 
 
 def write_late(folder: Path, late: int, seconds: int, how: str = "") -> str:
@@ -183,6 +183,8 @@ def write_late(folder: Path, late: int, seconds: int, how: str = "") -> str:
 import time
 from datetime import timedelta
 from mpi4py import MPI
+import hpccomm.torch.group, hpccomm.torch.meeting
+MPI.COMM_WORLD.Barrier()
 if MPI.COMM_WORLD.rank == {late}:
     time.sleep({seconds})
 dist.init_process_group("hpccomm", {how}timeout=timedelta(seconds=1))

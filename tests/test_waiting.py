@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi4py import MPI
+from processor_time import measure_least
 
 from hpccomm import Communicator
 from hpccomm.backends.shared_memory import SharedMemory
@@ -41,6 +42,11 @@ def word(shared: SharedMemory, offset: int) -> int:
 def share_of_a_core(comm: Any, call: Callable[[], Any]) -> float:
     """The processor time that rank 1 takes in a call, as a part of the time that it waits there for rank 0."""
     call()
+    return measure_least(comm, lambda: measure_share(comm, call), SHARE)
+
+
+def measure_share(comm: Any, call: Callable[[], Any]) -> float:
+    """The same of one call; 0 on rank 0."""
     MPI.Intracomm(comm).Barrier()
     if comm.rank == 0:
         time.sleep(0.6)
@@ -49,7 +55,7 @@ def share_of_a_core(comm: Any, call: Callable[[], Any]) -> float:
     waited, after = time.monotonic() - began, getrusage(RUSAGE_SELF)
     assert comm.rank == 0 or waited > 0.3
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return (used - POLLING) / (waited - POLLING)
+    return (used - POLLING) / (waited - POLLING) if comm.rank else 0.0
 
 
 @pytest.mark.mpi(sizes=(2,))
@@ -57,8 +63,7 @@ def share_of_a_core(comm: Any, call: Callable[[], Any]) -> float:
 def test_a_waiting_rank_leaves_its_core_to_others(comm: Communicator, code: str) -> None:
     shared = SharedMemory(MPI.Intracomm(comm), code)
     _kept, run = sum_in(shared)
-    used = share_of_a_core(comm, run)
-    assert comm.rank == 0 or used < SHARE
+    assert share_of_a_core(comm, run) < SHARE
     shared.close()
 
 
@@ -82,8 +87,7 @@ def compare_calls(comm: Communicator) -> None:
 @pytest.mark.parametrize("where", CALLS)
 def test_a_rank_that_waits_in_a_call_leaves_its_core_to_others(comm: Communicator, where: str) -> None:
     x = np.ones(1000)
-    used = share_of_a_core(comm, lambda: CALLS[where](comm, x))
-    assert comm.rank == 0 or used < SHARE
+    assert share_of_a_core(comm, lambda: CALLS[where](comm, x)) < SHARE
 
 
 @pytest.mark.mpi(min_size=2)

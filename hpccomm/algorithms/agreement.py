@@ -37,6 +37,9 @@ def check_same_arguments(comm: Any, who: str, **mine: Any) -> None:
     """Raise on all ranks unless all passed the same (collective)."""
     everyone = comm.allgather(mine)
     for rank, theirs in enumerate(everyone):
+        if theirs.keys() != everyone[0].keys():
+            passed, first = (", ".join(each) for each in (theirs, everyone[0]))
+            raise MismatchError(f"{who}: rank {rank} passes {passed}, rank 0 {first}: make all ranks call the same")
         for name, one in everyone[0].items():
             same = theirs[name] == one or repr(theirs[name]) == repr(one)  # NaN, which all ranks refuse later
             if not same:

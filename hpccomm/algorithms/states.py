@@ -217,9 +217,8 @@ def for_ranks(states: Sequence[Any], rank: int, size: int, like: Any = None) -> 
     their sum over the new number: the pending update is preserved, to one rounding an element after sums in float64.
     Shards are concatenated and divided again.  All else is the same on all old ranks, or copied from one of them; the
     types of the states declare which is which.  Arrays on a device are divided on the host, and the new ones lie on
-    that device.  Groups of a two-tier method keep their size; ``like``, what ``init``
-    returns on the new ranks, tells it where one group was all old ranks.  Where ``size`` is the old number, each rank
-    gets a copy of its own state.
+    that device.  Groups of a two-tier method keep their size; ``like``, what ``init`` returns on the new ranks, tells
+    it where one group was all old ranks.  Where ``size`` is the old number, each rank gets a copy of its own state.
 
     Raises ArgumentError for states of different methods or sizes, and inside a block of local steps, where the ranks'
     models differ: change the number of ranks at the end of one.

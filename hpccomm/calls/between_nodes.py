@@ -8,6 +8,7 @@ where blocks may have any length, every two ranks exchange how many bytes one se
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class BetweenNodes:
     def compare(self, entry: int, call: Fingerprint | None, amounts: Amounts | None) -> None:
         """Compare a call with those of all ranks (collective); all ranks raise if one differs."""
         entries = np.empty(self._comm.size, np.int64)
-        self._gather(np.array([entry]), entries)
+        self._gather(np.array([entry]), entries, call)
         digests, numbers = entries & ((1 << DIGEST_BITS) - 1), entries >> DIGEST_BITS
         same = (numbers == numbers[0]).all()
         if not same or ((digests != digests[0]).any() and digests.tobytes() not in self._compatible):
@@ -58,21 +59,21 @@ class BetweenNodes:
         if amounts is not None:
             self._compare_amounts(amounts)
 
-    def _gather(self, send: Any, recv: Any) -> None:
-        """Gather, and sleep while ranks are missing; raise if one has left the program."""
-        await_request(self._comm.Iallgather(send, recv), check=self._check_departures)
+    def _gather(self, send: Any, recv: Any, call: Fingerprint | None) -> None:
+        """Gather before ``call``, and sleep while ranks are missing; raise if one can never come."""
+        await_request(self._comm.Iallgather(send, recv), check=partial(self.check_departures, call))
 
-    def _check_departures(self) -> None:
-        """Raise if a rank of this node has left the program."""
-        for rank in self._table.left_ranks():
-            raise MismatchError(self._table.explain_departure(rank, "a call"))
+    def check_departures(self, call: Fingerprint | None) -> None:
+        """Raise if a rank of this node has left the program without ``call``; one may leave after it."""
+        for rank in sorted({*self._table.left_ranks()} & {*self._table.missing_ranks()}):
+            raise MismatchError(self._table.explain_departure(rank, call))
 
     def _compare_texts(self, call: Fingerprint | None, numbers: Any) -> None:
         """Raise if the fingerprints or the numbers of two calls contradict each other."""
         size = self._comm.size
         octets = call.encode() if call else bytes(TEXT_BYTES)
         texts = np.empty((size, TEXT_BYTES), np.uint8)
-        self._gather(np.frombuffer(octets, np.uint8), texts)
+        self._gather(np.frombuffer(octets, np.uint8), texts, call)
         calls = {rank: decode(each.tobytes()) for rank, each in enumerate(texts)}
         known = [each for each in calls.values() if each]
         if any(first_difference(a, b) for a in known for b in known[:1]):

@@ -9,9 +9,9 @@ from typing import Any
 from mpi4py import MPI
 
 from hpccomm.calls import operations
-from hpccomm.calls.blocks import EQUAL, ONE, SIGNATURES, Amounts, Signature
+from hpccomm.calls.blocks import EQUAL, ONE, PARTS, SIGNATURES, TYPED, Amounts, Signature
 from hpccomm.calls.buffers import Buffer
-from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
+from hpccomm.calls.fingerprint import IN_PLACE, UNKNOWN, Fingerprint
 from hpccomm.calls.plans import Run
 from hpccomm.performance.tuning import Choice
 
@@ -105,8 +105,10 @@ class Call:
         """The fingerprint, which other ranks compare with theirs; ``algorithm`` is what the caller has named."""
         op = "" if self.op is None else operations.name_in_fingerprint(self.op)
         root = "" if self.root is None else str(self.root)
+        exchanges = self.signature.send == self.signature.recv in (EQUAL, PARTS, TYPED)
+        place = IN_PLACE if exchanges and (self.in_place or is_absent(self.send)) else ""
         if self.data is None:
-            return Fingerprint(self.name, op, "", "", root, "", algorithm, self.memory)
+            return Fingerprint(self.name, op, "", "", root, "", algorithm, self.memory, place)
         dtype = self.data.dtype or self.data.base
         count, kind, order = self.count, UNKNOWN, UNKNOWN
         if dtype is not None:
@@ -114,7 +116,7 @@ class Call:
             kind = dtype.name if self.data.opaque else self.data.element_name or self.data.kind
             order = self.data.order
         return Fingerprint(
-            self.name, op, UNKNOWN if count is None else count, kind, root, order, algorithm, self.memory
+            self.name, op, UNKNOWN if count is None else count, kind, root, order, algorithm, self.memory, place
         )
 
 

@@ -49,12 +49,13 @@ from hpccomm.observe.processes import find_process
 from hpccomm.transports.polling import CHECK_SECONDS, LONGEST_SECONDS, pause
 
 TEXTS = 64
-LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS, REFUSED, FAILED, FAILED_BEFORE = (STATUS + k for k in range(1, 9))
+LEFT, GAVE_UP, HAS_CODE, PROCESS, REFUSED, FAILED, FAILED_BEFORE = (STATUS + k for k in range(1, 8))
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
 OUT_OF_STEP, WANTED, FIRST_ISSUE = ISSUED + 1, ISSUED + 2, ISSUED + 3
-FIRST_AMOUNTS = FIRST_ISSUE + 2 * CALLS
+FIRST_CLAIM, CLAIMS = FIRST_ISSUE + 2 * CALLS, 8
+FIRST_AMOUNTS = FIRST_CLAIM + CLAIMS
 
 TEXT_SECONDS = 5.0
 """How long a rank that compares waits for the text of another rank's call, whose watchdog writes it as soon as the
@@ -78,7 +79,8 @@ def row_words(members: int) -> int:
     """64-bit words per rank: entries of the last calls, the status, counts of the last calls, fingerprints as text.
 
     Then the number of non-blocking calls, the digest of a text that this rank wants to read, and of the last
-    non-blocking calls the entry and the number of blocking calls before it; amounts of blocks; a reason.
+    non-blocking calls the entry and the number of blocking calls before it; claims to errors; amounts of blocks; a
+    reason.
     """
     return FIRST_AMOUNTS + AMOUNT_CALLS * (1 + 2 * members) + REASON_BYTES // 8
 
@@ -590,12 +592,12 @@ class ConsistencyTable:
         return bytes(self._octets[end - REASON_BYTES : end]).rstrip(b" \0").decode(errors="replace")
 
     def list_claims(self) -> list[int]:
-        """What the other members have said of the last error that they report (:mod:`hpccomm.calls.reports`)."""
-        return [self._words[peer + REPORTED] for peer in self._peers]
+        """What the other members have said of the last errors that they report (:mod:`hpccomm.calls.reports`)."""
+        return [self._words[peer + FIRST_CLAIM + k] for peer in self._peers for k in range(CLAIMS)]
 
-    def write_claim(self, claim: int) -> None:
-        """Say that this rank reports an error, or has done so."""
-        self._words[self._base + REPORTED] = claim
+    def write_claim(self, number: int, claim: int) -> None:
+        """Say that this rank reports its error of this number, or has done so."""
+        self._words[self._base + FIRST_CLAIM + number % CLAIMS] = claim
 
     def watch_request(self, number: int, waits: bool) -> None:
         """Compare call ``number``, which MPI makes without blocking, unless this rank has made another one since.
@@ -752,5 +754,5 @@ class EnteredCall:
 
 _tables: weakref.WeakSet[ConsistencyTable] = weakref.WeakSet()
 _departure = Departure(_tables)
-reports = Reports(_tables)
+error_reports = Reports(_tables)
 os.register_at_fork(after_in_child=_tables.clear)

@@ -6,10 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from hpccomm.observe.processes import find_process, read_process
-
-LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "prte", "orted", "hydra_", "srun", "slurmstepd", "pmi_proxy")
-"""How the programs begin whose end leaves ranks behind."""
+from hpccomm.observe.processes import find_launchers, read_process
 
 
 class Departure:
@@ -25,17 +22,6 @@ class Departure:
         if self._pid() == self._process:  # a child of fork is no rank
             for table in list(self._tables):
                 table.mark_left()
-
-
-def find_launchers(pid: int) -> dict[int, int]:
-    """The launchers from which a process descends: start times by process number."""
-    found: dict[int, int] = {}
-    while pid > 1:
-        process = find_process(pid)
-        if process.name.startswith(LAUNCHERS):
-            found[pid] = process.started
-        pid = process.parent
-    return found
 
 
 class Launchers:

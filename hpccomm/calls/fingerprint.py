@@ -12,6 +12,7 @@ from hpccomm.kernels.entry.records import COUNT_MASK, COUNT_PRIME, COUNT_SHIFT, 
 
 TEXT_BYTES = 248
 """The length of a fingerprint as bytes."""
+IN_PLACE = "in place"
 UNKNOWN = "?"
 """A field that is not compared, because this rank cannot determine it."""
 
@@ -24,6 +25,7 @@ REMEDIES = {
     "root": "name the same root on all ranks",
     "order": "convert the arrays to one memory order, np.ascontiguousarray(x), before the call",
     "algorithm": "name the same algorithm on all ranks",
+    "place": "pass MPI.IN_PLACE on all ranks or on none",
     "memory": "pass arrays in the same memory on all ranks: x.get() (CuPy) or x.cpu() (PyTorch) copy one to the host",
 }
 
@@ -40,6 +42,8 @@ class Fingerprint(NamedTuple):
     algorithm: str = ""
     memory: str = ""
     """The memory of the arrays, if it is not the host's."""
+    place: str = ""
+    """:data:`IN_PLACE`, in collectives that MPI's libraries run in place by another algorithm."""
 
     @property
     def number(self) -> int:
@@ -70,7 +74,7 @@ class Fingerprint(NamedTuple):
         amount = " ".join(part for part in (self.count, self.dtype, self.memory) if part not in ("", UNKNOWN))
         named = [f"{name}={value}" for name, value in (("root", self.root), ("algorithm", self.algorithm)) if value]
         order = ["Fortran order"] if self.order == "F" else []
-        operands = [part for part in (self.op, amount) if part not in ("", UNKNOWN)]
+        operands = [part for part in (self.op, amount, self.place) if part not in ("", UNKNOWN)]
         arguments = ", ".join(operands + order + named)
         return f"{self.collective}({arguments})" if arguments else self.collective
 
@@ -93,7 +97,7 @@ def decode(octets: bytes) -> Fingerprint | None:
 
 def first_difference(a: Fingerprint, b: Fingerprint) -> str | None:
     """The first field in which two calls contradict each other, if any."""
-    for field in ("collective", "memory", "dtype", "op", "root", "algorithm", "count", "order"):
+    for field in ("collective", "memory", "dtype", "op", "root", "algorithm", "count", "order", "place"):
         mine, theirs = getattr(a, field), getattr(b, field)
         if mine != theirs and UNKNOWN not in (mine, theirs):
             return field

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -20,33 +21,34 @@ WRITTEN, PROCESS_BITS, MARK_BITS = 1, 22, 40
 class Reports:
     """The errors that this process has written to stderr, or another one of its node for it.
 
-    ``tables`` are those that this process shares with others.  An error is always written: a rank leaves it to another
-    one only if that one says that it has written it.
+    ``tables`` are those that this process shares with others; tests give the number of the ``process``.  An error is
+    always written: a rank leaves it to another one only if that one says that it has written it.
     """
 
-    def __init__(self, tables: Iterable[Any]) -> None:
-        self._tables, self._known = tables, set[int]()
+    def __init__(self, tables: Iterable[Any], process: int | None = None) -> None:
+        self._tables, self._known, self._process = tables, dict[int, int](), process
+        self._lock = threading.RLock()  # a second thread with the same error waits until it is written
 
-    def write(self, sentence: str, process: int | None = None) -> None:
+    def write(self, sentence: str) -> None:
         """Write an error once a node; when this returns, it is written.
 
         The ranks have the same sentence but for the number of the rank that says it.  Of the ranks that come at the
         same time the one with the lowest process number writes.
         """
-        mark, process = mark_of(sentence), process or os.getpid()
-        if mark in self._known:
-            return
-        self._known.add(mark)
-        claim = (mark << PROCESS_BITS | process % (1 << PROCESS_BITS)) << 1
-        before = self._find_claims(mark)
-        if not before:
-            self._claim(claim)
-            time.sleep(CLAIM_SECONDS)
-            before = [other for other in self._find_claims(mark) if other < claim]
-        if before and self._await_writer(mark):
-            return
-        os.write(2, f"[hpccomm] {sentence}\n".encode(errors="replace"))
-        self._claim(claim | WRITTEN)
+        with self._lock:
+            mark = mark_of(sentence)
+            if mark in self._known:
+                return
+            number = self._known[mark] = len(self._known)
+            claim = (mark << PROCESS_BITS | (self._process or os.getpid()) % (1 << PROCESS_BITS)) << 1
+            before = self._find_claims(mark)
+            if not before:
+                self._claim(number, claim)
+                time.sleep(CLAIM_SECONDS)
+                before = [other for other in self._find_claims(mark) if other < claim or other & WRITTEN]
+            if not (before and self._await_writer(mark)):
+                os.write(2, f"[hpccomm] {sentence}\n".encode(errors="replace"))
+            self._claim(number, claim | WRITTEN)
 
     def _find_claims(self, mark: int) -> list[int]:
         """The claims of other ranks to this error."""
@@ -56,10 +58,10 @@ class Reports:
                 found += [claim for claim in table.list_claims() if claim >> PROCESS_BITS + 1 == mark]
         return found
 
-    def _claim(self, claim: int) -> None:
+    def _claim(self, number: int, claim: int) -> None:
         for table in list(self._tables):
             with contextlib.suppress(ValueError):
-                table.write_claim(claim)
+                table.write_claim(number, claim)
 
     def _await_writer(self, mark: int) -> bool:
         """Wait until another rank has written the error; False if none does."""

@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeVar
@@ -27,7 +28,20 @@ from mpi4py import MPI
 from hpccomm.calls.departures import Launchers
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import HpccommError
-from hpccomm.observe.flight_recorder import INQUIRED, REPORTED, Comm, Event, Inquiry, State, clock, open_ring, recorder
+from hpccomm.observe.flight_recorder import (
+    INQUIRED,
+    REPORTED,
+    Call,
+    Comm,
+    Event,
+    Inquiry,
+    State,
+    clock,
+    find_ranks,
+    open_ring,
+    recorder,
+)
+from hpccomm.performance.units import format_ranges
 from hpccomm.transports.polling import LONGEST_SECONDS, await_request
 
 PERIOD, QUICK = 0.25, 0.05
@@ -43,6 +57,7 @@ EXIT_SECONDS = 10.0
 FREE_SECONDS = 5.0
 """How long a rank that frees a communicator waits for the others, before it leaves that to MPI's end."""
 MOST_LINES = 32
+OTHER_NODE = "on another node"
 REQUEST, ANSWER = 1, 2
 """Tags of messages between nodes."""
 
@@ -70,6 +85,9 @@ class Group:
     communicator of the same ranks that only the watchdog uses, if it may.  ``of``: the group of which this one's
     communicator is a level, and its ranks there; their processes are found and asked by that group.
     """
+
+    absent = OTHER_NODE
+    """What is known of a rank whose process is not found here."""
 
     def __init__(
         self,
@@ -165,6 +183,11 @@ class Group:
         """Whether ranks of other nodes can be asked."""
         return self._parent.may_ask if self._parent else self.wire is not None
 
+    @property
+    def why_silent(self) -> str:
+        """Why ranks of other nodes do not answer."""
+        return "its node does not answer" if self.may_ask else NO_THREAD
+
     def ask(self, rank: int, number: int, comm: int) -> None:
         """Ask where the ranks of the node of ``rank`` stand."""
         if self._parent:
@@ -233,6 +256,24 @@ class Group:
         return True
 
 
+class Makers(Group):
+    """The ranks that make their first communicator of ours from one of MPI: they share nothing yet."""
+
+    absent, why_silent = "in no communicator of hpccomm yet, or on another node", ""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._world = find_world_ranks(comm)
+        text = f"ranks {format_ranges(self._world)}"
+        made = Comm(recorder(), 1 << 61 | hash(self._world) & (1 << 60) - 1, text)
+        super().__init__(made, comm.rank, [tuple(range(comm.size))], None)
+
+    @property
+    def processes(self) -> dict[int, int]:
+        """The ranks of this node that have made a communicator of ours, or make one."""
+        places, (found, _) = {rank: k for k, rank in enumerate(self._world)}, find_ranks(os.getpid(), launcher=0)
+        return {places[rank]: pid for rank, pid in found.items() if rank in places}
+
+
 class Report:
     """Asks all ranks of a group where they stand; ``step`` until it has made the report."""
 
@@ -267,8 +308,7 @@ class Report:
             return False
         found = self.group.find_answers(self._number, last=True) | self._inquiry.states
         for rank in range(sum(map(len, self.group.nodes))):
-            reason = "its node does not answer" if self.group.may_ask else NO_THREAD
-            found.setdefault(rank, State(rank, 0, False, "on another node", None, reason))
+            found.setdefault(rank, State(rank, 0, False, self.group.absent, None, self.group.why_silent))
         self.finish(found)
         return True
 
@@ -312,7 +352,7 @@ class StallReport(Report):
     def summary(self, states: dict[int, State]) -> str:
         """Who waits, for how long, and who is missing."""
         event = self._event
-        known = {rank: each for rank, each in states.items() if each.text != "on another node"}
+        known = {rank: each for rank, each in states.items() if each.text != OTHER_NODE}
         missing = [rank for rank, each in sorted(known.items()) if self.is_missing(each)]
         silent = [rank for rank, each in sorted(states.items()) if each.condition and rank not in missing]
         parts = [
@@ -355,6 +395,7 @@ class Watchdog:
     def __init__(self) -> None:
         self.groups: dict[int, Group] = {}
         self.thread: threading.Thread | None = None
+        self._starting = threading.Lock()
         self.calls_mpi = True
         """False as soon as MPI ends."""
         self.limits: dict[int, CheckTime] = {}
@@ -367,29 +408,40 @@ class Watchdog:
 
     def start(self) -> None:
         """Start the thread at the first group."""
-        if self.thread is None:
-            self.thread = threading.Thread(target=self.run_watchdog, name="hpccomm-watchdog", daemon=True)
-            self.thread.start()
+        with self._starting:
+            if self.thread is None:
+                self.thread = threading.Thread(target=self.run_watchdog, name="hpccomm-watchdog", daemon=True)
+                self.thread.start()
 
     def run_watchdog(self) -> None:
-        """Look after the calls for ever."""
-        launchers, busy = Launchers(), False
+        """Look after the calls for ever, also after an error of its own."""
+        launchers, busy, told = Launchers(), False, False
         while True:
             time.sleep(QUICK if busy else PERIOD)
-            loss = launchers.describe_loss()
-            if loss:
-                end_orphan(loss)
-            recorder().answer_request()
-            for group in list(self.groups.values()):
-                with contextlib.suppress(ValueError):  # another thread frees the communicator
-                    group.check_calls()
-            with _mpi:
-                if self.calls_mpi:
-                    busy = any([each.serve() for each in list(self.groups.values())])
-                    self._begin_reports()
-                    self._check_limits()
-                    self._reports = [each for each in self._reports if not self._is_over(each)]
-            busy = busy or bool(self._reports)
+            try:
+                busy = self._look(launchers)
+            except Exception:
+                if not told:
+                    log_line(f"an error of the watchdog, which goes on:\n{traceback.format_exc()}")
+                told = True
+
+    def _look(self, launchers: Launchers) -> bool:
+        """Look after the calls once; returns whether more is to be done soon."""
+        loss = launchers.describe_loss()
+        if loss:
+            end_orphan(loss)
+        recorder().answer_request()
+        for group in list(self.groups.values()):
+            with contextlib.suppress(ValueError):  # another thread frees the communicator
+                group.check_calls()
+        busy = False
+        with _mpi:
+            if self.calls_mpi:
+                busy = any([each.serve() for each in list(self.groups.values())])
+                self._begin_reports()
+                self._check_limits()
+                self._reports = [each for each in self._reports if not self._is_over(each)]
+        return busy or bool(self._reports)
 
     def _is_over(self, report: Report) -> bool:
         """Continue a report; returns whether it needs no more steps."""
@@ -435,8 +487,11 @@ class Watchdog:
                 self._ending.add(calls[0].begin)
                 self._reports.append(StallReport(group, calls[0], reason))
 
-    def end(self) -> None:
-        """Call MPI no more, which ends, and look a last time whether ranks have refused calls of this one."""
+    def end(self, leaves: bool = False) -> None:
+        """Call MPI no more, which ends, and look a last time whether ranks have refused calls of this one.
+
+        ``leaves``: tell the other ranks that this one makes no more calls.
+        """
         until = time.monotonic() + EXIT_SECONDS
         try:
             for group in [each for each in list(self.groups.values()) if each.table and self.calls_mpi]:
@@ -448,6 +503,8 @@ class Watchdog:
         finally:
             with _mpi:
                 self.calls_mpi = False
+            for group in [each for each in list(self.groups.values()) if each.table and leaves]:
+                group.table.mark_left()
 
 
 _mpi = threading.RLock()
@@ -459,9 +516,36 @@ _not_freed: list[Any] = []
 @cache
 def end_with_mpi() -> None:
     """Let the watchdog call MPI no more when MPI or the program ends."""
-    keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, value: _watchdog.end())
+    keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, value: _watchdog.end(leaves=True))
     MPI.COMM_SELF.Set_attr(keyval, None)
     atexit.register(_watchdog.end)
+
+
+@contextlib.contextmanager
+def watch_making(comm: MPI.Intracomm) -> Iterator[None]:
+    """Let the watchdog report that ranks make a communicator of ours from ``comm``, and others do not."""
+    if comm.size == 1 or os.environ.get("HPCCOMM_CONSISTENCY") == "off":
+        yield
+        return
+    recorder().set_rank(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)
+    makers = Makers(comm)
+    watch(makers)
+    try:
+        with Call(makers.comm, "Communicator", inside=True):
+            yield
+    finally:
+        makers.close()
+
+
+def find_world_ranks(comm: MPI.Intracomm) -> Sequence[int]:
+    """The ranks of the world that a communicator has."""
+    if comm == MPI.COMM_WORLD:
+        return range(comm.size)
+    group, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    ranks = group.Translate_ranks(list(range(group.size)), world)
+    for each in (group, world):
+        each.Free()
+    return tuple(ranks)
 
 
 def watch(group: Group) -> None:

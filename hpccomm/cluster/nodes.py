@@ -168,8 +168,9 @@ class Cluster:
 
     def compare(self, existing: ClusterState) -> None:
         """Raise if the cluster that is up under this name is a different one."""
-        if existing[:4] != self.state[:4]:
+        if existing[:5] != self.state[:5]:
             rate = (existing.rate or "unlimited rate") + (f" x {existing.nics}" if existing.nics > 1 else "")
+            rate += f" with bursts of {existing.burst} bytes" if existing.burst else ""
             raise LaunchError(
                 f"cluster {existing.name!r} is up with {format_count(existing.nodes, 'node')} at {rate}: run "
                 f"scripts/cluster down --name {existing.name} first, or use another --name"

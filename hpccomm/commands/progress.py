@@ -37,7 +37,7 @@ class Progress:
         self.due, self.width = self.began + QUIET_SECONDS, 0
 
     def begin(self, done: float) -> None:
-        """Take the rate from here on: ``done`` of the work was done before, or took longer than the rest will."""
+        """Take the rate from now on, without the first ``done`` of the work: an earlier run's, or the start-up."""
         self.first = done, self.clock()
 
     def show(self, done: float, what: str) -> None:

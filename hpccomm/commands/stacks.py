@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from hpccomm.errors import ArgumentError
-from hpccomm.observe.flight_recorder import INQUIRED, Inquiry, State, describe_calls, open_ring
-from hpccomm.observe.processes import find_process
+from hpccomm.observe.flight_recorder import INQUIRED, Inquiry, State, describe_calls, find_ranks, open_ring
 from hpccomm.performance.units import format_count
 
 SECONDS, NODES_SECONDS = 2.0, 10.0
@@ -64,21 +62,3 @@ def ask_other_nodes(processes: dict[int, int]) -> list[State]:
                     return found
                 time.sleep(0.05)
     return []
-
-
-def find_ranks(pid: int) -> tuple[dict[int, int], int]:
-    """The processes of this node's ranks of the job to which a process belongs, and the ranks of the job."""
-    from hpccomm.calls.departures import find_launchers
-
-    parents = {int(each.name): find_process(int(each.name)).parent for each in Path("/proc").glob("[0-9]*")}
-    root = (list(find_launchers(pid)) or [pid])[-1]
-    found, size = dict[int, int](), 0
-    for each in parents:
-        above = each
-        while above != root and above in parents and above > 1:
-            above = parents[above]
-        if above == root:
-            with open_ring(each) as ring:
-                if ring is not None and ring.head["rank"][0] >= 0:
-                    found[int(ring.head["rank"][0])], size = each, int(ring.head["size"][0])
-    return found, size

@@ -29,7 +29,7 @@ import numpy as np
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import EVENT_RECORD
 from hpccomm.kernels.shared_memory.records import W, offset_of, record, words
-from hpccomm.observe.processes import read_process
+from hpccomm.observe.processes import find_launchers, find_process, read_process
 from hpccomm.performance.units import format_size, format_time
 
 VARIABLE = "HPCCOMM_TIMELINE"
@@ -301,6 +301,10 @@ class Recorder:
         self._lock = threading.RLock()
         """Held while a number is taken; a signal handler may make a call, too."""
 
+    def set_rank(self, rank: int, size: int) -> None:
+        """Write which rank of how many this process is."""
+        self.ring.head["rank"], self.ring.head["size"] = rank, size
+
     @property
     def place(self) -> dict[str, int]:
         """Where compiled code finds the ring."""
@@ -430,6 +434,26 @@ def open_ring(pid: int) -> Iterator[Ring | None]:
     finally:
         if ring is not None:
             ring.close()
+
+
+def find_ranks(pid: int, launcher: int = -1) -> tuple[dict[int, int], int]:
+    """The processes of this node's ranks of the job to which a process belongs, and the ranks of the job.
+
+    ``launcher``: the one that has started them, of those from which the process descends: -1 the outermost, 0 the
+    innermost.
+    """
+    parents = {int(each.name): find_process(int(each.name)).parent for each in Path("/proc").glob("[0-9]*")}
+    root = (list(find_launchers(pid)) or [pid])[launcher]
+    found, size = dict[int, int](), 0
+    for each in parents:
+        above = each
+        while above != root and above in parents and above > 1:
+            above = parents[above]
+        if above == root:
+            with open_ring(each) as ring:
+                if ring is not None and ring.head["rank"][0] >= 0:
+                    found[int(ring.head["rank"][0])], size = each, int(ring.head["size"][0])
+    return found, size
 
 
 class State(NamedTuple):

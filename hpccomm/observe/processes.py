@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "prte", "orted", "hydra_", "srun", "slurmstepd", "pmi_proxy")
+"""How the programs begin whose end leaves ranks behind."""
+
 
 class Process(NamedTuple):
     """One process."""
@@ -34,3 +37,14 @@ def find_process(pid: int) -> Process:
         return read_process(pid)
     except OSError:
         return Process()
+
+
+def find_launchers(pid: int) -> dict[int, int]:
+    """The launchers from which a process descends: start times by process number."""
+    found: dict[int, int] = {}
+    while pid > 1:
+        process = find_process(pid)
+        if process.name.startswith(LAUNCHERS):
+            found[pid] = process.started
+        pid = process.parent
+    return found

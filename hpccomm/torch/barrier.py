@@ -10,19 +10,17 @@ import torch.distributed as dist
 
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import ArgumentError, MismatchError
+from hpccomm.torch.decisions import COMPLETE, decide
 from hpccomm.torch.group import Group
-from hpccomm.torch.meeting import decide
 
 POLL_SECONDS = 0.005
-COMPLETE = "complete"
-"""What the first rank that has seen all ranks decides; one whose time is over decides its own number."""
 
 
 def monitored_barrier(group: Any = None, timeout: timedelta | None = None, wait_all_ranks: bool = True) -> None:
     """Wait for all ranks of a group; after ``timeout`` raise MismatchError on every rank that came, naming the others.
 
-    A rank that comes later raises as well.  It takes the place of ``torch.distributed.monitored_barrier``, which torch
-    allows for gloo alone, and goes through torch's store.  ``timeout`` is that of the group by default;
+    Then all ranks raise, also one that comes later.  It takes the place of ``torch.distributed.monitored_barrier``,
+    which torch allows for gloo alone, and goes through torch's store.  ``timeout`` is that of the group by default;
     ``wait_all_ranks=False`` is accepted, all are named.
     """
     group = dist.group.WORLD if group is None else group
@@ -43,6 +41,6 @@ def monitored_barrier(group: Any = None, timeout: timedelta | None = None, wait_
     first = decide(store, f"{prefix} decision", COMPLETE)
     if first != COMPLETE:
         raise MismatchError(
-            f"rank {group.rank()}: monitored_barrier: rank {first} has timed out before this rank came: call it on all "
+            f"rank {group.rank()}: monitored_barrier: rank {first} timed out before all ranks had come: call it on all "
             "ranks in time"
         )

@@ -19,12 +19,13 @@ from mpi4py import MPI
 from hpccomm.calls.watchdog import FREE_SECONDS, limit_calls
 from hpccomm.errors import ArgumentError
 from hpccomm.observe.flight_recorder import clock, recorder
+from hpccomm.progress import complete_at_end
 from hpccomm.torch import members
 from hpccomm.torch.collectives import Collectives
 from hpccomm.torch.messages import Message, receive, send
 from hpccomm.torch.options import Options
 from hpccomm.torch.tensors import Tensor
-from hpccomm.torch.works import DONE, NO_LIMIT, CallQueue, Work, complete_first
+from hpccomm.torch.works import DONE, NO_LIMIT, CallQueue, Work, complete_all
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Torch's default.  Synchronous calls of a group with a shorter limit, and calls with a limit of their own, run on the
@@ -64,7 +65,7 @@ def make_group(given: Any, options: Any = None) -> Group:
     if options is not None and not isinstance(options, Options):
         raise ArgumentError(f"pg_options is {options!r}: pass hpccomm.torch.Options")
     comm, store, inherited = members.create(given)
-    complete_first()
+    complete_at_end(complete_all)
     return Group(given, comm, store, options or inherited or Options())
 
 

@@ -1,7 +1,7 @@
 """The rendezvous of ranks that MPI's launcher has started: MPI tells them where torch's store listens.
 
 Calls of MPI would wait for ever for a rank that does not come.  So the ranks agree before, in messages to and from rank
-0, that all are here, each within a time limit of its own:
+0, that all are here, each within its time limit, or in that of rank 0 once all have come:
 
 1. Every rank sends COME.  If its time is over it sends GONE and raises; it may come again.
 2. Once all have come rank 0 sends ASK, and every rank answers SURE: from then on it obeys rank 0.
@@ -17,7 +17,7 @@ import socket
 import time
 from datetime import timedelta
 from itertools import count, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -33,10 +33,10 @@ from hpccomm.transports.polling import await_request
 LOOPBACK = "127.0.0.1"
 CONNECT_SECONDS = 10
 """How long a rank tries one address of the store."""
-MEETING_TAG = 31_877
-"""The tag of these messages."""
+STORE_TAG, GROUP_TAG = 31_877, 31_878
+"""The tags of the messages before ranks look for the store, and before they make the default group."""
 GRACE_SECONDS = 1.0
-"""How much longer than its limit a rank waits for rank 0, whose time may have begun later."""
+"""How much longer than its limit a rank waits for rank 0, whose time may have begun later, and rank 0 for answers."""
 
 COME, GONE, SURE, ASK, BACK, GO, ABSENT = range(7)
 """Kinds of messages; each holds its kind, the attempt of the rank, the round of the question, and marks of ranks."""
@@ -56,7 +56,7 @@ def open_store(timeout: timedelta) -> tuple[Any, int, int]:
     install_abort_hook()
     world = MPI.Intracomm(MPI.COMM_WORLD)
     launcher.check_world(world.size, os.environ)
-    await_ranks(world, timeout.total_seconds())
+    await_ranks(Place(world, STORE_TAG), timeout.total_seconds())
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_node = node.size == world.size
     local = node.rank
@@ -74,17 +74,24 @@ def open_store(timeout: timedelta) -> tuple[Any, int, int]:
     return store, world.rank, world.size
 
 
-def await_ranks(world: Any, limit: float) -> None:
+class Place(NamedTuple):
+    """Where ranks meet: a communicator, and the tag of the messages, which no other meeting has."""
+
+    world: Any
+    tag: int
+
+
+def await_ranks(place: Place, limit: float) -> None:
     """Wait until all ranks are here; after ``limit`` seconds raise MismatchError, naming the missing ones.
 
     Either no rank raises or each does, also one that comes after others have raised; and all may come again.
     """
-    marks = await_others(world, limit) if world.rank == 0 else await_first(world, limit)
+    marks = await_others(place, limit) if place.world.rank == 0 else await_first(place, limit)
     if marks is not None:
         distributed_c10d._world.group_count = 0  # torch has counted this group; the names of others follow from it
         raise MismatchError(
-            f"rank {world.rank}: init_process_group timed out after {limit:g} s, missing: {describe(marks)}: make all "
-            "ranks call it"
+            f"rank {place.world.rank}: init_process_group timed out after {limit:g} s, missing: {describe(marks)}: "
+            "make all ranks call it"
         )
 
 
@@ -96,17 +103,19 @@ def describe(marks: Any) -> str:
     return format_ranks(missing) + (f" ({format_ranks(gone)} timed out before)" if gone else "")
 
 
-def await_others(world: Any, limit: float) -> Any:
+def await_others(place: Place, limit: float) -> Any:
     """Rank 0: wait until all ranks are sure; None, or if the time is over the marks of all ranks."""
-    arrivals, until = Arrivals(world), time.monotonic() + limit
-    while not arrivals.is_complete:
-        rank, message = receive(world, MPI.ANY_SOURCE, until - time.monotonic())
-        if message is None:
-            marks = arrivals.marks()
-            arrivals.tell_all(ABSENT, marks)
-            await_request(OUTBOX, SEND_SECONDS)
-            return marks
-        arrivals.take(rank, *message[:HEADER].tolist())
+    arrivals, until = Arrivals(place), time.monotonic() + limit
+    try:
+        while not arrivals.is_complete:
+            rank, message = receive(place, MPI.ANY_SOURCE, until - time.monotonic())
+            if message is None:
+                return arrivals.give_up()
+            if arrivals.take(rank, *message[:HEADER].tolist()):
+                until = max(until, time.monotonic() + GRACE_SECONDS)
+    except BaseException:  # an interrupt
+        arrivals.give_up()
+        raise
     arrivals.tell_all(GO)
     return None
 
@@ -114,8 +123,8 @@ def await_others(world: Any, limit: float) -> Any:
 class Arrivals:
     """What rank 0 knows of the other ranks."""
 
-    def __init__(self, world: Any) -> None:
-        self.world = world
+    def __init__(self, place: Place) -> None:
+        self.place, self.size = place, place.world.size
         self.here: dict[int, int] = {}
         """The attempt of each rank that has come."""
         self.gone: set[int] = set()
@@ -126,10 +135,10 @@ class Arrivals:
     @property
     def is_complete(self) -> bool:
         """Whether all ranks are sure."""
-        return len(self.sure) == self.world.size - 1
+        return len(self.sure) == self.size - 1
 
-    def take(self, rank: int, kind: int, attempt: int, round_: int) -> None:
-        """Take a message of a rank; ask all when the last one has come."""
+    def take(self, rank: int, kind: int, attempt: int, round_: int) -> bool:
+        """Take a message of a rank; ask all when the last one has come, and return whether it has."""
         if kind == COME:
             self.here[rank] = attempt
             self.gone.discard(rank)
@@ -141,9 +150,18 @@ class Arrivals:
             if self.round:
                 self.tell_all(BACK)
                 self.round, self.sure = 0, set()
-        if not self.round and len(self.here) == self.world.size - 1:
+        asks = not self.round and len(self.here) == self.size - 1
+        if asks:
             self.round = next(_rounds)
             self.tell_all(ASK)
+        return asks
+
+    def give_up(self) -> Any:
+        """Tell all ranks that are here which ones are missing, as marks of all ranks."""
+        marks = self.marks()
+        self.tell_all(ABSENT, marks)
+        await_request(OUTBOX, SEND_SECONDS)
+        return marks
 
     def marks(self) -> Any:
         """A mark for each rank."""
@@ -154,24 +172,40 @@ class Arrivals:
     @property
     def everyone(self) -> range:
         """The other ranks."""
-        return range(1, self.world.size)
+        return range(1, self.size)
 
     def tell_all(self, kind: int, marks: Any = ()) -> None:
         """Send a message to all ranks that are here."""
         for rank, attempt in self.here.items():
-            post(self.world, rank, kind, attempt, self.round, marks)
+            post(self.place, rank, kind, attempt, self.round, marks)
 
 
-def await_first(world: Any, limit: float) -> Any:
+def await_first(place: Place, limit: float) -> Any:
     """The other ranks: answer rank 0 until it sends GO; None, or the marks of all ranks, which it may not know."""
-    attempt, sure, until = next(_attempts), False, time.monotonic() + limit + GRACE_SECONDS
-    post(world, 0, COME, attempt)
+    attempt = next(_attempts)
+    try:
+        marks = answer_first(place, attempt, time.monotonic() + limit + GRACE_SECONDS)
+    except BaseException:
+        leave(place, attempt)
+        raise
+    return marks
+
+
+def leave(place: Place, attempt: int) -> None:
+    """Tell rank 0 that this rank no longer waits."""
+    post(place, 0, GONE, attempt)
+    await_request(OUTBOX, SEND_SECONDS)
+
+
+def answer_first(place: Place, attempt: int, until: float) -> Any:
+    """What :func:`await_first` does in one attempt, until its time is over, or as long as rank 0 once it is sure."""
+    sure = False
+    post(place, 0, COME, attempt)
     while True:
-        _, message = receive(world, 0, math.inf if sure else until - time.monotonic())
+        _, message = receive(place, 0, math.inf if sure else until - time.monotonic())
         if message is None:
-            post(world, 0, GONE, attempt)
-            await_request(OUTBOX, SEND_SECONDS)
-            return np.zeros(world.size, np.int32)
+            leave(place, attempt)
+            return np.zeros(place.world.size, np.int32)
         kind, told, round_ = message[:HEADER].tolist()
         if told != attempt:  # to an earlier one, which has raised
             continue
@@ -179,36 +213,36 @@ def await_first(world: Any, limit: float) -> Any:
             return None if kind == GO else message[HEADER:]
         sure = kind == ASK
         if sure:
-            post(world, 0, SURE, attempt, round_)
+            post(place, 0, SURE, attempt, round_)
 
 
-def post(world: Any, rank: int, kind: int, attempt: int, round_: int = 0, marks: Any = ()) -> None:
+def post(place: Place, rank: int, kind: int, attempt: int, round_: int = 0, marks: Any = ()) -> None:
     """Send a message without waiting for it."""
     OUTBOX.Test()
     message = np.array([kind, attempt, round_, *marks], np.int32)
-    OUTBOX.requests.append(world.Isend([message, MPI.INT32_T], rank, MEETING_TAG))
+    OUTBOX.requests.append(place.world.Isend([message, MPI.INT32_T], rank, place.tag))
 
 
-def receive(world: Any, source: int, seconds: float) -> tuple[int, Any]:
+def receive(place: Place, source: int, seconds: float) -> tuple[int, Any]:
     """The sender of the next message and what it holds, None if there is none within some seconds."""
-    mail, status = Mail(world, source), MPI.Status()
+    mail, status = Mail(place, source), MPI.Status()
     if not await_request(mail, seconds):
         return source, None
-    message = np.zeros(HEADER + world.size, np.int32)
+    message = np.zeros(HEADER + place.world.size, np.int32)
     mail.message.Recv([message, MPI.INT32_T], status)
     return status.source, message
 
 
 class Mail:
-    """The next message of a rank, as a request."""
+    """The next message of a rank, or of any, as a request."""
 
-    def __init__(self, world: Any, source: int) -> None:
-        self.world, self.source = world, source
+    def __init__(self, place: Place, source: int) -> None:
+        self.place, self.source = place, source
         self.message: Any = None
 
     def Test(self) -> bool:
         """Whether it has come."""
-        self.message = self.world.Improbe(self.source, MEETING_TAG)
+        self.message = self.message or self.place.world.Improbe(self.source, self.place.tag)
         return self.message is not None
 
 
@@ -225,11 +259,6 @@ class Outbox:
 
 
 OUTBOX = Outbox()
-
-
-def decide(store: Any, key: str, choice: str) -> str:
-    """What ranks that share torch's store have decided: the choice of the first one that calls this."""
-    return str(store.compare_set(key, "", choice).decode())
 
 
 def connect(hosts: list[str], port: int, size: int, timeout: timedelta) -> Any:

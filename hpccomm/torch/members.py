@@ -18,15 +18,16 @@ from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.calls.watchdog import FREE_SECONDS
 from hpccomm.communicator import Communicator, install_abort_hook
 from hpccomm.errors import LaunchError, MismatchError
-from hpccomm.torch.meeting import await_ranks, decide
+from hpccomm.torch.decisions import COMPLETE, decide
+from hpccomm.torch.meeting import GROUP_TAG, Place, await_ranks
 from hpccomm.torch.options import Options
 from hpccomm.transports.polling import await_request
 
 MEETING_SECONDS = 0.01
 """The longest time between two looks for the other ranks of a new group."""
 
-DECISION, MADE = "decision", "made"
-"""The key under which the first rank writes :data:`MADE`, if it has seen all, or its number, if its time was over."""
+DECISION = "decision"
+"""The key under which the ranks of a group decide whether it is made."""
 
 _base: dict[str, Any] = {}
 """``"world"``: all ranks in torch's order; ``"comm"``, ``"options"``: those of the default group."""
@@ -86,15 +87,15 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
             gone = [rank for rank in missing if rank in left]
             if gone:
                 raise MismatchError(f"{who} cannot be made, {format_ranks(gone)} left the program before: {remedy}")
-            if missing and waited > limit and decide(store, DECISION, str(me)) != MADE:
+            if missing and waited > limit and decide(store, DECISION, str(me)) != COMPLETE:
                 raise MismatchError(f"{who} was not made in {limit:g} s, missing: {format_ranks(missing)}: {remedy}")
         time.sleep(min(MEETING_SECONDS, waited))
     named = {rank: store.get(key).decode() for rank, key in zip(ranks, keys, strict=True)}
     other = next((rank for rank in ranks if named[rank] != named[me]), None)
     if other is not None:
         raise MismatchError(f"{who}: rank {other} makes one of ranks {named[other].replace(',', ', ')}: {remedy}")
-    decision = decide(store, DECISION, MADE)
-    if decision != MADE:
+    decision = decide(store, DECISION, COMPLETE)
+    if decision != COMPLETE:
         raise MismatchError(f"{who} cannot be made, rank {decision} has waited and timed out before: {remedy}")
 
 
@@ -114,7 +115,7 @@ def create_default(rank: int, size: int, limit: float) -> Communicator:
             f"with hpccomm-run -n {size}, or leave out RANK and WORLD_SIZE"
         )
     everyone = MPI.Intracomm(MPI.COMM_WORLD)
-    await_ranks(everyone, limit)
+    await_ranks(Place(everyone, GROUP_TAG), limit)
     world = everyone.Split(0, rank)
     if "world" in _base:
         _base.pop("world").Free()

@@ -34,6 +34,7 @@ from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import LaunchError
 from hpccomm.layout import LOCAL_SIZES
 from hpccomm.torch import placeholder
+from hpccomm.torch.decisions import COMPLETE, decide
 
 START_SECONDS = 60.0
 """Time limit for the launcher to start the placeholders."""
@@ -71,6 +72,9 @@ class Store(Protocol):
 
     def check(self, keys: list[str]) -> bool:
         """Whether all these keys have values."""
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        """Set a value if there is none yet and ``expected`` is empty; returns what is there."""
 
 
 def is_rank(size: int, environ: Mapping[str, str]) -> bool:
@@ -115,7 +119,7 @@ def join(store: Store, rank: int, size: int) -> None:
     described = {"name": name, "node": describe_node(), "started": find_mpi() is not None}
     store.set(f"{prefix}/{rank}", json.dumps(described))
     try:
-        everyone = [json.loads(store.get(f"{prefix}/{each}")) for each in range(size)]
+        everyone = [json.loads(each) for each in await_processes(store, prefix, rank, size)]
         check_processes(everyone)
         names = [each["name"] for each in everyone]
         explain = start_launcher(names) if rank == 0 else partial(read, store, failure)
@@ -123,11 +127,30 @@ def join(store: Store, rank: int, size: int) -> None:
     except Exception as error:
         if rank == 0:
             store.set(failure, str(error) if isinstance(error, LaunchError) else f"{type(error).__name__}: {error}")
+        listener.close()
         raise
     own = take_over(os.environ, given)
     hold(connection, listener, rank)
     start_mpi()
     give_back(os.environ, own)
+
+
+def await_processes(store: Store, prefix: str, rank: int, size: int) -> list[bytes]:
+    """What all processes have written, which each of them has seen: if the time of one is over, all raise."""
+    keys, decision = [f"{prefix}/{each}" for each in range(size)], f"{prefix}/decision"
+    try:
+        written = [store.get(each) for each in keys]
+    except Exception:
+        if decide(store, decision, str(rank)) != COMPLETE:
+            raise
+        written = [store.get(each) for each in keys]
+    first = decide(store, decision, COMPLETE)
+    if first != COMPLETE:
+        raise LaunchError(
+            f"rank {rank}: init_process_group timed out on rank {first} before all ranks had come: make all ranks "
+            "call it"
+        )
+    return written
 
 
 def read(store: Store, key: str) -> str:

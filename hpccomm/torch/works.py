@@ -7,7 +7,6 @@ of the group is under way, and queues behind them otherwise.  An error is kept o
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 import time
@@ -22,7 +21,7 @@ import torch.distributed as dist
 
 from hpccomm.calls.watchdog import EXIT_SECONDS, abort_all
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.progress import has_thread, run_at_finalize
+from hpccomm.progress import has_thread
 
 NO_LIMIT = timedelta(0)
 """Torch's time limit of a wait that has none."""
@@ -362,13 +361,6 @@ def complete_all() -> None:
             abort_all(f"{work.name} cannot complete, and the program ends: wait for every call before the end")
     for each in list(_queues):
         each.settle(until)
-
-
-def complete_first() -> None:
-    """Let the end of the program, and that of MPI, begin with :func:`complete_all`, before the watchdog's end."""
-    atexit.unregister(complete_all)
-    atexit.register(complete_all)
-    run_at_finalize(complete_all)
 
 
 os.register_at_fork(after_in_child=_queues.clear)  # a child of fork has none of the threads

@@ -42,6 +42,8 @@ PROBLEMS = (
     "an error state of another length or with a NaN: pass float32 zeros at first, then the state of the previous call",
     "rows that are no whole numbers from 0 to below count, or a count above 2**32: pass the rows of one table",
 )
+CALLS = ("sparse_allgather", "sparse_allreduce", "onebit_allgather", "onebit_allreduce", "allreduce_rows")
+"""The calls that compare their arguments by :func:`check_arguments`."""
 
 
 class Comm(Protocol):
@@ -151,13 +153,20 @@ class CountingComm:
 
 
 def check_arguments(wire: CountingComm, who: str, problem: int, own: int, **common: int) -> Ints:
-    """``own`` of all ranks; raises on all ranks where one has a problem or differs from rank 0 in ``common``."""
-    mine = np.array([problem, own, *common.values()], np.int64)
+    """``own`` of all ranks; raises on all ranks where one has a problem or differs from rank 0 in ``common``.
+
+    ``who`` is the call, one of :data:`CALLS`, which must be the same, too.
+    """
+    mine = np.array([CALLS.index(who) * len(PROBLEMS) + problem, own, *common.values()], np.int64)
     table = np.empty(wire.size * mine.size, np.int64)
     wire.Allgather(mine, table)
     rows = table.reshape(wire.size, mine.size)
-    for rank in np.flatnonzero(rows[:, 0]):
-        raise ArgumentError(f"{who}: rank {rank} passes {PROBLEMS[rows[rank, 0]]}")
+    calls, problems = np.divmod(rows[:, 0], len(PROBLEMS))
+    for rank in np.flatnonzero(calls != calls[0]):
+        first, other = CALLS[calls[0]], CALLS[calls[rank]]
+        raise ArgumentError(f"{who}: rank {rank} called {other}, rank 0 {first}: make all ranks call the same")
+    for rank in np.flatnonzero(problems):
+        raise ArgumentError(f"{who}: rank {rank} passes {PROBLEMS[problems[rank]]}")
     for name, column in zip(common, rows.T[2:], strict=True):
         for rank in np.flatnonzero(column != column[0]):
             raise ArgumentError(

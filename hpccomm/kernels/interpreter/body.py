@@ -50,6 +50,8 @@ EAGER_NS = 5_000_000
 """How long a rank yields its core between two polls, before it sleeps."""
 SHORTEST_NS, LONGEST_NS = 50_000, 1_000_000
 """A sleep lasts a part of the time waited so far, within these limits: this rank's other messages need it, too."""
+ALONE_NS, NAP_AFTER_NS, NAP_NS = 20_000, 200_000, 100_000
+"""A yield that is shorter has let no thread compute; after how long a wait a progress thread then naps, at most."""
 PATIENCE_NS = 50_000_000
 """After so long a wait returns to Python, which handles signals, and looks for ranks that never come to a node step."""
 
@@ -138,22 +140,22 @@ def wait(run, record):
             if now - began > PATIENCE_NS:
                 store(run + RUN.pauses, load(run + RUN.next) + 1)
                 return PAUSED
-            rest(run, PATIENCE_NS if long else now - began, load(record + FIELD.nbytes))
+            rest(run, now, PATIENCE_NS if long else now - began, load(record + FIELD.nbytes))
 
 
-def rest(run, waited, nbytes):
+def rest(run, now, waited, nbytes):
     """Yield the core, or sleep for a part of the time waited so far.
 
-    A progress thread sleeps while no thread of the program waits for it: one that yields takes a core of those that
-    compute, and gets its own back only after their time slice, where a sleeper gets it as soon as it wakes.
+    A progress thread that yields a core to nobody, while no thread of the program waits for it, also naps: the system
+    can then give that core to one of the computations that share another core.
     """
+    if waited >= EAGER_NS and nbytes <= SHORT_BYTES:
+        sleep(run + RUN.sleeping, 0, min(LONGEST_NS, max(SHORTEST_NS, waited >> 5)))
+        return
+    yield_cpu()
     waiters = load(run + RUN.waiters)
-    beside = waiters != 0 and load(waiters) == 0
-    if not beside and (waited < EAGER_NS or nbytes > SHORT_BYTES):
-        yield_cpu()
-    else:
-        longest = SHORTEST_NS if nbytes > SHORT_BYTES else LONGEST_NS
-        sleep(run + RUN.sleeping, 0, min(longest, max(SHORTEST_NS, waited >> 5)))
+    if waiters != 0 and load(waiters) == 0 and waited > NAP_AFTER_NS and nanoseconds() - now < ALONE_NS:
+        sleep(run + RUN.sleeping, 0, min(NAP_NS, waited >> 3))
 
 
 def check_tag(run):
