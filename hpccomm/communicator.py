@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial, wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ from hpccomm.performance.machine import Machine
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import compare_objects, install
 from hpccomm.planner import Planner
-from hpccomm.progress import Queue, drive_all
+from hpccomm.progress import Queue, get_ready
 from hpccomm.requests import COMPARED, compare_at_init, start_beside
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Communicator(MPI.Intracomm):
         if comm is not None and comm != MPI.COMM_NULL:
             install_abort_hook()
             self._context = context_of(self)
-            drive_all()
+            get_ready()
         return self
 
     def __init__(self, *args: Any, **named: Any) -> None:  # a subclass may have other arguments
@@ -788,26 +788,26 @@ def install_abort_hook() -> None:
     _hooks.append(previous)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if os.getpid() != process:  # a child of fork is no rank
+        if os.getpid() != process or MPI.Is_finalized():  # a child of fork is no rank
             return previous(kind, error, trace)
         head = "" if alone else f"rank {MPI.COMM_WORLD.rank} aborts all ranks: "
         line = find_own_line(head, error, trace)
         if alone:
             if not line:
                 return previous(kind, error, trace)
-            error_reports.write(str(error))
-            return write_lines(line)
-        try:
-            if previous is not sys.__excepthook__:
-                previous(kind, error, trace)
-        finally:
-            if line:
-                error_reports.write(str(error))
-            full = f"[hpccomm] {head}uncaught exception:\n{''.join(traceback.format_exception(kind, error, trace))}"
-            write_lines(line or full)
-            with suppress(Exception):  # nothing may keep this rank from ending the others
+            return write_lines(f"[hpccomm] {error}\n{line}")
+        try:  # nothing may keep this rank from ending the others
+            try:
+                if previous is not sys.__excepthook__:
+                    previous(kind, error, trace)
+            finally:
+                if line:
+                    error_reports.write(str(error))
+                full = f"[hpccomm] {head}uncaught exception:\n{''.join(traceback.format_exception(kind, error, trace))}"
+                write_lines(line or full)
                 write_lines(list_waiting(WAITING_SECONDS))
-            time.sleep(FLUSH_SECONDS)
+                time.sleep(FLUSH_SECONDS)
+        finally:
             MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook

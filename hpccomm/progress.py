@@ -20,6 +20,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -96,7 +97,8 @@ class Call:
             self._result = self._function(find_channel(self))
         except BaseException as error:
             self.error = error
-            report_failure(self.text, error)
+            with suppress(Exception):  # those that wait for the call must go on
+                report_failure(self.text, error)
         self._function = None
 
     def finish(self) -> None:
@@ -241,7 +243,6 @@ def submit(
     if context.queue is None:
         context.queue = Queue(context, comm._make_channel)
         _state.queues.add(context.queue)
-        complete_at_end(complete_all)
     call.algorithm = comm.algorithm
     context.queue.submit(call)
     return future
@@ -307,7 +308,7 @@ class State:
     """The progress threads of this process."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler may ask for another call
         self.waiters = np.zeros(1, np.int64)
         """The number of threads that wait for calls, for compiled code."""
         self.idle: list[Worker] = []
@@ -332,11 +333,16 @@ def release_thread() -> None:
     _state.idle.append(worker)
 
 
-def drive_all() -> None:
-    """With ``HPCCOMM_PROGRESS=all``, let a thread drive MPI's own requests and messages from now on."""
-    if _state.driver is None and has_thread() and os.environ.get("HPCCOMM_PROGRESS") == "all":
+def get_ready() -> None:
+    """Let the end of the program complete the calls of a communicator that has been made.
+
+    With ``HPCCOMM_PROGRESS=all``, also let a thread drive MPI's own requests and messages from now on.
+    """
+    if not has_thread():
+        return
+    complete_at_end(complete_all)
+    if _state.driver is None and os.environ.get("HPCCOMM_PROGRESS") == "all":
         _state.driver = Driver()
-        complete_at_end(complete_all)
 
 
 def forget_threads() -> None:

@@ -243,7 +243,7 @@ def main() -> None:
             os.write(2, f"cell {number}\n".encode())
             outcome = run_cell(world, cells[number])
             world.Barrier()
-            warned = os.pread(2, 10000, before).decode()
+            warned = os.pread(2, 10000, before).decode(errors="replace")
             log.write(json.dumps([number, outcome, warned]) + "\n")
 
 

@@ -58,9 +58,16 @@ if me == 0: atexit.register(lambda: open({ends!r}, "w").close())
 
 
 def test_a_thread_that_makes_its_channel_while_handlers_run_is_waited_for() -> None:
-    """Also where a handler that was registered before sleeps meanwhile."""
+    """Also where a handler of the program's sleeps meanwhile."""
     slow = "import atexit\nif me == 0:\n    atexit.register(time.sleep, 1)\nelse:\n    time.sleep(0.7)\n"
     done = run(2, slow + "comm.Iallreduce(np.ones(3_000_000), np.zeros(3_000_000))\nif me: time.sleep(2)")
+    assert done.returncode == 0, done.stderr
+    assert "has left the program" not in done.stderr
+
+
+def test_a_first_call_that_an_exit_handler_makes_is_waited_for() -> None:
+    make = "import atexit\natexit.register(lambda: comm.Iallreduce(np.ones(3_000_000), np.zeros(3_000_000)))"
+    done = run(2, make)
     assert done.returncode == 0, done.stderr
     assert "rank 0: the program ends while calls are under way" in done.stderr
 
@@ -127,6 +134,11 @@ say("ok")
     assert done.returncode == 0, done.stderr
     assert "rank 0: Ibarrier: this process was forked while the call was under way" in done.stdout
     assert done.stdout.count("ok") == 2
+
+
+def test_an_exception_after_finalize_is_printed() -> None:
+    done = run(2, USED + "MPI.Finalize()\nraise KeyError('lost')")
+    assert "KeyError: 'lost'" in done.stderr
 
 
 def test_an_uncaught_error_of_a_call_ends_all_ranks() -> None:

@@ -35,31 +35,45 @@ class Reports:
         The ranks have the same sentence but for the number of the rank that says it.  Of the ranks that come at the
         same time the one with the lowest process number writes.
         """
+        mark = mark_of(sentence)
         with self._lock:
-            mark = mark_of(sentence)
             if mark in self._known:
                 return
             number = self._known[mark] = len(self._known)
-            claim = (mark << PROCESS_BITS | (self._process or os.getpid()) % (1 << PROCESS_BITS)) << 1
-            before = self._find_claims(mark)
-            if not before:
-                self._claim(number, claim)
-                time.sleep(CLAIM_SECONDS)
-                before = [other for other in self._find_claims(mark) if other < claim or other & WRITTEN]
-            if not (before and self._await_writer(mark)):
-                os.write(2, f"[hpccomm] {sentence}\n".encode(errors="replace"))
-            self._claim(number, claim | WRITTEN)
+            try:
+                self._write_once(sentence, mark, number)
+            except BaseException:  # an interrupt
+                del self._known[mark]
+                raise
+
+    def _write_once(self, sentence: str, mark: int, number: int) -> None:
+        """Write an error, or wait until another rank has written it."""
+        claim = (mark << PROCESS_BITS | (self._process or os.getpid()) % (1 << PROCESS_BITS)) << 1
+        before = self._find_claims(mark)
+        if not before:
+            self._claim(number, claim)
+            time.sleep(CLAIM_SECONDS)
+            before = [other for other in self._find_claims(mark) if other < claim or other & WRITTEN]
+        if not (before and self._await_writer(mark)):
+            os.write(2, f"[hpccomm] {sentence}\n".encode(errors="replace"))
+        self._claim(number, claim | WRITTEN)
+
+    def _list_tables(self) -> list[Any]:
+        """The tables, of which another thread may make or free one meanwhile."""
+        while True:
+            with contextlib.suppress(RuntimeError):
+                return list(self._tables)
 
     def _find_claims(self, mark: int) -> list[int]:
         """The claims of other ranks to this error."""
         found = []
-        for table in list(self._tables):
+        for table in self._list_tables():
             with contextlib.suppress(ValueError):  # it is closed
                 found += [claim for claim in table.list_claims() if claim >> PROCESS_BITS + 1 == mark]
         return found
 
     def _claim(self, number: int, claim: int) -> None:
-        for table in list(self._tables):
+        for table in self._list_tables():
             with contextlib.suppress(ValueError):
                 table.write_claim(number, claim)
 

@@ -352,12 +352,14 @@ class StallReport(Report):
     def summary(self, states: dict[int, State]) -> str:
         """Who waits, for how long, and who is missing."""
         event = self._event
-        known = {rank: each for rank, each in states.items() if each.text != OTHER_NODE}
+        unseen = [rank for rank, each in sorted(states.items()) if each.text == Makers.absent]
+        known = {rank: each for rank, each in states.items() if each.text not in (OTHER_NODE, Makers.absent)}
         missing = [rank for rank, each in sorted(known.items()) if self.is_missing(each)]
         silent = [rank for rank, each in sorted(states.items()) if each.condition and rank not in missing]
         parts = [
             f"rank {self.group.rank}: {event} not complete after {(clock() - event.begin) / 1e9:.0f} s",
-            f"missing: {format_ranks(missing)}" if missing else "no rank is missing",
+            *([f"missing: {format_ranks(missing)}"] if missing else [] if unseen else ["no rank is missing"]),
+            *([f"missing, or on another node: {format_ranks(unseen)}"] if unseen else []),
             *([f"no answer: {format_ranks(silent)}"] if silent else []),
         ]
         return "; ".join(parts)
@@ -444,8 +446,12 @@ class Watchdog:
         return busy or bool(self._reports)
 
     def _is_over(self, report: Report) -> bool:
-        """Continue a report; returns whether it needs no more steps."""
-        return self.groups.get(report.group.comm.number) is not report.group or report.step()
+        """Continue a report; returns whether it needs no more steps, as after an error of its own."""
+        try:
+            return self.groups.get(report.group.comm.number) is not report.group or report.step()
+        except Exception as error:
+            log_line(f"rank {report.group.rank}: a report ends by an error: {type(error).__name__}: {error}")
+            return True
 
     def _begin_reports(self) -> None:
         """Begin reports of calls that have taken too long, and those that others have asked for."""
