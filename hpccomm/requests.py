@@ -61,9 +61,9 @@ COMPARED: dict[str, tuple[str, ...]] = {
 }
 """MPI's persistent collectives: the first of these buffers that is an array has the same length on all ranks."""
 
-TEST_SECONDS, EAGER_SECONDS = 5e-5, 1e-3
+TEST_SECONDS, EAGER_SECONDS, AWAKE_SECONDS = 5e-5, 1e-3, 1e-2
 """How long a ``Test`` sleeps, so that the progress thread gets the interpreter; and how long a rank polls one of MPI's
-requests before it sleeps between two polls."""
+requests before the recorder notes it, and before it sleeps between two polls."""
 
 
 class CollectiveRequest(MPI.Grequest):
@@ -240,7 +240,7 @@ def wait_on_record(request: Any, status: MPI.Status | None, look: Callable[[], N
     with request.record():
         while not MPI.Request.Test(request, status):
             look()
-            pause(began, EAGER_SECONDS, 32)
+            pause(began, AWAKE_SECONDS, 32)  # MPI moves a part of a long message in each poll
 
 
 def start_native(comm: Any, name: str, given: dict[str, Any], native: Callable[..., MPI.Request]) -> MPI.Request:
