@@ -155,6 +155,9 @@ class Planner(Member):
             inner = self.bind(None, "Allreduce", buf, result, op, None)
             result.flags.writeable = False  # which the plan does not ask
             return self.keep(key, Plan(inner.run, inner.free, result))
+        fingerprint = Fingerprint("Allreduce_view", op_name, str(send.elements), send.kind)
+        if shared.lacks_view(send.address, send.nbytes):
+            self.context.run_together(fingerprint, lambda: shared.view(send.address, send.nbytes))
         view = shared.view(send.address, send.nbytes)
         if view is None:
             raise ArgumentError(
@@ -164,7 +167,6 @@ class Planner(Member):
         flat = np.frombuffer(segment.buffer, buf.dtype, send.elements, place)
         result = flat.reshape(buf.shape, order=send.order)  # type: ignore[call-overload]
         result.flags.writeable = False
-        fingerprint = Fingerprint("Allreduce_view", op_name, str(send.elements), send.kind)
         ends = send.address, segment.address + place
         into_segment = partial(shared.bind_allreduce, *ends, send.elements, send.kind, op_name, once=True)
         run, text = self.bind_shared(fingerprint, into_segment), text_of(fingerprint, "shared")

@@ -93,9 +93,12 @@ def judge(number: int, outcome: Outcome) -> str:
     silent = set(outcome.results) == {"silent"}
     if cell.legal:  # where others keep the machine busy, a rank may be named as late
         return "" if silent and not outcome.hung else f"false alarm in {cell}: {told}"
-    if cell.mistake in ("missing", "unstarted") and cell.collective in WAITS_FOR_NOBODY and silent:
+    absent = cell.mistake in ("missing", "unstarted")
+    if absent and cell.collective in WAITS_FOR_NOBODY and silent:
         return ""
-    return "" if is_named(told) else f"{'hangs' if outcome.hung else 'not named'}: {cell}: {told}"
+    if outcome.hung and not absent:  # a report of where all ranks are would name any
+        return f"hangs: {cell}: {told}"
+    return "" if is_named(told) else f"not named: {cell}: {told}"
 
 
 def run_cells(folder: Path, numbers: list[int], ranks: int, per_node: int = 0) -> dict[int, Outcome]:

@@ -263,6 +263,11 @@ class SharedMemory:
             allocation.result = SharedSegment(self._node, allocation.stride)
         return allocation.result, address - allocation.mine, allocation.plans
 
+    def lacks_view(self, address: int, nbytes: int) -> bool:
+        """Whether :meth:`view` would make that memory, with messages: the same on all ranks that make the same call."""
+        allocation = self._allocation((address, nbytes))
+        return allocation is not None and allocation.result is None
+
     def allocation_number(self, address: int, nbytes: int) -> int:
         """The number of the allocation that contains this rank's bytes from an address on; 0 if there is none."""
         allocation = self._allocation((address, nbytes))
