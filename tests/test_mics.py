@@ -11,7 +11,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from mpi4py import MPI
 from thread_ranks import Mailboxes, ThreadTransport
 
 from hpccomm import Communicator, context
@@ -236,6 +235,13 @@ def test_every_group_takes_the_steps_of_data_parallelism(name: str, micro_steps:
 
 DESCENT = scale(-0.1)
 WHOLE = "needs the whole model, each of . ranks holds a shard: "
+
+
+def alone(comm: Any) -> Any:
+    """A communicator of this rank only: threads may not share ``COMM_SELF``."""
+    return comm.Split(comm.rank)
+
+
 ON_SHARDS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
     "max_norm": (lambda comm: DESCENT, {"max_norm": 0.5}, ""),
     "clip": (lambda comm: chain(clip(0.5), DESCENT), {}, f"clip in .* {WHOLE}leave it out, and pass max_norm="),
@@ -271,9 +277,9 @@ ON_SHARDS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
         r"weight_decay: the mask has shape \(69,\), the weights .* lambda bucket, reduce",
     ),
     "loss scale": (lambda comm: DESCENT, {"loss_scale": LossScale(8.0, 2)}, ""),
-    "scale_loss": (lambda comm: scale_loss(MPI.COMM_SELF, DESCENT), {}, "scale_loss in .* pass loss_scale="),
+    "scale_loss": (lambda comm: scale_loss(alone(comm), DESCENT), {}, "scale_loss in .* pass loss_scale="),
     "scale_loss after clip": (
-        lambda comm: chain(clip(9.0), scale_loss(MPI.COMM_SELF, DESCENT, LossScale(1.0))),
+        lambda comm: chain(clip(9.0), scale_loss(alone(comm), DESCENT, LossScale(1.0))),
         {},
         "(scale_loss|clip) in .* pass (loss_scale|max_norm)=",
     ),
@@ -289,15 +295,15 @@ ON_SHARDS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
         {},
         f"clip in .* {WHOLE}leave it out, and pass max_norm=",
     ),
-    "gtc alone": (lambda comm: chain(gtc(MPI.COMM_SELF), DESCENT), {}, "threshold.* leave it out"),
-    "onebit_adam": (lambda comm: onebit_adam(MPI.COMM_SELF, 0.1, 1), {}, "onebit_adam in .* leave it out"),
+    "gtc alone": (lambda comm: chain(gtc(alone(comm)), DESCENT), {}, "threshold.* leave it out"),
+    "onebit_adam": (lambda comm: onebit_adam(alone(comm), 0.1, 1), {}, "onebit_adam in .* leave it out"),
     "powersgd": (
-        lambda comm: lambda bucket, reduce: chain(powersgd(MPI.COMM_SELF, bucket), DESCENT),
+        lambda comm: lambda bucket, reduce: chain(powersgd(alone(comm), bucket), DESCENT),
         {},
         "powersgd in .* leave it out",
     ),
     "every": (lambda comm: every(2, chain(momentum(0.9), DESCENT)), {}, ""),
-    "local": (lambda comm: synchronous_sgd(MPI.COMM_SELF, 0.1, momentum=0.9), {}, ""),
+    "local": (lambda comm: synchronous_sgd(alone(comm), 0.1, momentum=0.9), {}, ""),
 }
 """An optimizer, arguments beside it, and why it is refused where ranks hold shards."""
 

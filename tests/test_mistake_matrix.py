@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,7 +53,8 @@ def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int) -> dict
     environ = os.environ | {"HPCCOMM_DEBUG": "detail" if per_node else ""}
     for each in logs:
         each.unlink(missing_ok=True)
-    with start(ranks, program, environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    output = folder / "output"
+    with output.open("wb") as launcher, start(ranks, program, environ, stdout=launcher, stderr=launcher) as process:
         moved, length, hung = time.monotonic(), 0, False
         while process.poll() is None and not hung:
             time.sleep(0.1)
@@ -72,6 +72,9 @@ def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int) -> dict
         texts = [folder / f"{rank}.stderr" for rank in range(ranks)]
         parts = [each.read_text().rpartition(f"cell {numbers[done]}\n") for each in texts if each.exists()]
         said = "".join(text for _, begun, text in parts if begun)
+        begun = sum(bool(begun) for _, begun, _ in parts)
+        assert hung or begun, f"no rank began {numbers[done]}, exit {process.returncode}: {output.read_text()}"
+        print(f"cell {numbers[done]} ended the job, {begun} ranks had begun it: {output.read_text()}")
         found[numbers[done]] = Outcome((), said, hung)
     return found
 

@@ -623,7 +623,7 @@ def test_an_unknown_action_is_refused(value: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_call_that_mpi_refuses_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    comm, x = Communicator(MPI.COMM_SELF), np.ones(3)
+    comm, x = Communicator(MPI.COMM_SELF.Dup()), np.ones(3)
     for _ in range(3):
         comm.Allreduce(x, np.empty(3))
 
