@@ -125,7 +125,7 @@ def scale_to(top: float, element_type: Callable[[], Any]) -> Code:
     )
 
 
-def microscaled() -> Code:
+def scale_by_powers_of_two() -> Code:
     """A power of two for each block, stored as its exponent plus 127; elements above 448 saturate."""
     return small_floats(
         32,
@@ -165,7 +165,7 @@ CODES = {
     "int8": whole_numbers(256, 127),
     "e4m3": scale_to(448, e4m3),
     "e5m2": scale_to(57344, e5m2),
-    "mx": microscaled(),
+    "mx": scale_by_powers_of_two(),
     "int4": whole_numbers(128, 7),
 }
 """To add a code is to add a row."""
