@@ -202,6 +202,16 @@ def test_messages_gathered_by_nodes_are_those_of_all_ranks_in_their_order(
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("nodes", [[0, 1, 2], [0, 0, 0]], ids=str)
+def test_on_nodes_of_one_rank_and_on_one_node_the_node_path_is_an_allgather(name: str, nodes: list[int]) -> None:
+    def body(comm: Any) -> None:
+        found, wanted = (run(comm, name, path)[0] for path in ("node", "allgather"))
+        assert all(each.tobytes() == other.tobytes() for each, other in zip(found, wanted, strict=True))
+
+    run_on_ranks(len(nodes), body, nodes=nodes)
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("nodes", EVEN, ids=str)
 def test_on_even_nodes_the_node_path_takes_the_steps_of_an_allgather_and_sends_their_messages(
     name: str, nodes: list[int]

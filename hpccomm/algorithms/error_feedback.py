@@ -49,6 +49,7 @@ from hpccomm.algorithms.message_paths import (
     choose_path,
     elements_in,
     forwards_messages,
+    place_of,
 )
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import GroupSize, LocalVector, Scratch, Unsent
@@ -192,9 +193,9 @@ class FeedbackExchange:
         """The paths on which a rank hands out all that it has."""
 
     @Once
-    def by_nodes(self) -> NodeGather:
-        """Gathers the messages of all ranks between the nodes, and then in them."""
-        return NodeGather(self.comm)
+    def by_nodes(self) -> MessageGather | NodeGather:
+        """Gathers the messages of all ranks between the nodes, and then in them, where there are both."""
+        return NodeGather(self.comm) if place_of(self.comm).has_nodes else self.everyone
 
     @Once
     def between_nodes(self) -> MessageGather:
