@@ -49,7 +49,6 @@ from hpccomm.algorithms.message_paths import (
     choose_path,
     elements_in,
     forwards_messages,
-    place_of,
 )
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import GroupSize, LocalVector, Scratch, Unsent
@@ -63,6 +62,7 @@ from hpccomm.algorithms.transforms import (
     require,
 )
 from hpccomm.collectives.compressed.messages import MessageGather, NodeGather, join_messages, split_messages
+from hpccomm.collectives.compressed.prices import place_of
 from hpccomm.collectives.compressed.sparse import hierarchical_allreduce
 from hpccomm.context import Once
 from hpccomm.errors import ArgumentError
@@ -141,7 +141,7 @@ def feedback(
     Compressors that round at random draw other numbers on every rank.
 
     ``exchange``: a path of :mod:`hpccomm.algorithms.message_paths`, ``"allgather"``, ``"node"``, ``"split"``,
-    ``"recursive_doubling"``, ``"ok_topk"``, ``"leaders"`` or ``"dense"``.  ``"auto"`` adds inside nodes where several
+    ``"recursive_doubling"``, ``"ok_topk"``, ``"leaders"`` or ``"dense"``.  ``"auto"`` takes ``"node"`` where several
     ranks of a node exchange with other nodes, else gathers; from the second step of long vectors on it takes the path
     of the least price, but for ``"ok_topk"`` (:mod:`hpccomm.collectives.compressed.prices`).  With ``"leaders"`` a
     node sends the message of one rank: its ranks' gradients and residuals are added first, in the units of their mean.
