@@ -35,8 +35,8 @@ STATUSES = {"kill": (137, 9), "raise": (1,), "memory": (1,), "exit": (1, 9), "le
 """The faults, and the exit statuses that say what has happened; those of dead ranks differ between
 launchers: MPICH's may tell that of a rank that it has killed itself."""
 WHEN = ("at", "inside")
-LATE_SECONDS, SOON_SECONDS = 0.6, 0.2
-"""How late the other ranks are where the fault comes inside the call, and when it comes."""
+LATE_SECONDS, SOON_SECONDS = 0.4, 0.2
+"""How long after the fault the other ranks come where it comes inside the call, and when it comes."""
 HANG_SECONDS, ORPHAN_SECONDS = 60.0, 10.0
 
 
@@ -105,11 +105,12 @@ def run_rank(cell: Cell, folder: Path) -> None:
     if cell.fault == "launcher":
         time.sleep(100 if odd else 0)
     elif cell.when == "inside":
-        arm(cell, folder) if odd else time.sleep(LATE_SECONDS)
+        arm(cell, folder) if odd else wait_until_struck(folder)
     elif odd:
         strike(cell, folder)
     call()
-    time.sleep(LATE_SECONDS if odd else 0)  # of a call that waits for nobody
+    if odd:  # of a call that waits for nobody
+        wait_until_struck(folder)
     comm.Barrier()
 
 
@@ -127,6 +128,13 @@ def strike(cell: Cell, folder: Path) -> None:
 
     (folder / "struck").write_text(str(time.time()))
     FAULTS[cell.fault](lambda: None, (), 0.0)
+
+
+def wait_until_struck(folder: Path) -> None:
+    """Wait until the fault has come, and a moment longer."""
+    while not (folder / "struck").exists():
+        time.sleep(0.01)
+    time.sleep(LATE_SECONDS)
 
 
 def arm(cell: Cell, folder: Path) -> None:
