@@ -420,8 +420,8 @@ class Context:
             return False
         states = self.node.allgather((objects.complete(), objects.can_compile()))
         done, possible = (all(each) for each in zip(*states, strict=True))
-        if not done and possible and self.rank == 0:
-            start_compiler()
+        if not done and self.rank == 0:
+            (start_compiler if possible else tell_no_folder)()
         return possible and not done
 
     def announce_code(self) -> None:
@@ -571,6 +571,16 @@ def context_key() -> int:
 def start_compiler() -> None:
     """Compile in a process of its own, one for all communicators."""
     objects.compile_in_background()
+
+
+@cache
+def tell_no_folder() -> None:
+    """Say once why a program waits for the compiler at each start, where its results can be kept nowhere."""
+    if objects.writable_folder() is None:
+        watchdog.log_line(
+            "shared memory's functions are compiled anew by every program, as no folder for them can be written: "
+            "set HPCCOMM_CACHE to one that can, and run `hpccomm warm`"
+        )
 
 
 def context_of(comm: MPI.Intracomm) -> Context:
