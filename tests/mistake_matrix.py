@@ -123,7 +123,7 @@ def is_named(said: str) -> bool:
     return bool(re.search(r"\brank 1\b|\branks (\d+, )*1\b", said))
 
 
-def make_call(comm: Any, cell: Cell, odd: bool, wait: Callable[[], None]) -> Callable[[], Any]:
+def make_call(comm: Any, cell: Cell, odd: bool, wait: Callable[[], None] = lambda: None) -> Callable[[], Any]:
     """The call of one rank; ``wait`` waits until the others have missed it."""
     import numpy as np
     from mpi4py import MPI

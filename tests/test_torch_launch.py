@@ -53,7 +53,7 @@ def test_one_rank_is_a_group_as_well(tmp_path: Path, entry_point: dict[str, str]
     assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
 
 
-LATE = "dist.barrier()\ngroup.set_timeout(timedelta(seconds=1))\ntime.sleep(60 * dist.get_rank())\n"
+LATE = "dist.barrier()\ngroup.set_timeout(timedelta(seconds=1))\ntime.sleep(30 * dist.get_rank())\n"
 LATE_RANK = f"import time\nfrom datetime import timedelta\ngroup = dist.new_group()\n{LATE}"
 LONG_LIMIT = "import hpccomm.torch.group\nhpccomm.torch.group.DEFAULT_TIMEOUT = timedelta(0)  # half an hour\n"
 EXCHANGE = (
