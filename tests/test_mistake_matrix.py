@@ -48,8 +48,11 @@ class Outcome(NamedTuple):
     hung: bool = False
 
 
-def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int) -> dict[int, Outcome]:
-    """Run cells that no other job has taken until one of them ends the job; returns those that were run."""
+def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int, launches: int = 3) -> dict[int, Outcome]:
+    """Run cells that no other job has taken until one of them ends the job; returns those that were run.
+
+    A launch that MPI itself refuses, before a rank runs the program, is tried again.
+    """
     program = [str(Path(__file__).with_name("mistake_matrix.py")), str(folder), ",".join(map(str, numbers))]
     program += [str(per_node)] if per_node else []
     logs, texts = ([folder / f"{rank}.{kind}" for rank in range(ranks)] for kind in ("jsonl", "stderr"))
@@ -74,7 +77,11 @@ def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int) -> dict
     if hung or process.returncode:
         parts = [read_last_cells(each, done) for each in texts]
         begun = [number for number, _ in filter(None, parts)]
-        assert begun, f"no rank began cell {done} of the job, exit {process.returncode}: {output.read_text()}"
+        if not begun:
+            print(f"no rank began cell {done} of the job, exit {process.returncode}: {output.read_text()}")
+            assert not any(each.exists() for each in texts), "the job ended between two cells"
+            assert launches > 1, "no job can be launched"
+            return run_job(folder, numbers, ranks, per_node, launches - 1)
         print(f"cell {begun[0]} ended the job, {len(begun)} ranks had begun it: {output.read_text()}")
         found[begun[0]] = Outcome((), "".join(text for _, text in filter(None, parts)), hung)
     return found
