@@ -81,7 +81,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_words(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments; an error is that of the chosen command."""
+    """Parse the arguments; an error is that of the chosen command.  ``help bench`` is ``bench --help``."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     made = parser(next((word for word in words if not word.startswith("-")), None))
     args, unknown = made.parse_known_args(words)
     if unknown:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
+from hpccomm.errors import ArgumentError
+
 LIKENESS = 0.6
 """The likeness of two words from which one is taken for a misspelling of the other (difflib's default)."""
 
@@ -43,8 +45,19 @@ PLAIN_WORDS = (
 
 def describe_meant(message: str, parser: argparse.ArgumentParser) -> str:
     """``; did you mean …?`` for the words of an argparse error; empty where nothing is alike."""
-    found = [near for word, known in misspellings(message, parser) for near in nearest(word, known)]
-    return f"; did you mean {' '.join(found)}?" if found else ""
+    return propose(near for word, known in misspellings(message, parser) for near in nearest(word, known))
+
+
+def propose(found: Iterable[str]) -> str:
+    """``; did you mean …?``, the end of an error; empty where nothing was found."""
+    words = " ".join(found)
+    return f"; did you mean {words}?" if words else ""
+
+
+def unknown_name(what: str, word: str, known: Iterable[str]) -> ArgumentError:
+    """The error for a name that is none of those known: which there are, and which was probably meant."""
+    names = list(known)
+    return ArgumentError(f"{what}: use one of {', '.join(names)}{propose(nearest(word, names))}")
 
 
 def misspellings(message: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, Iterable[str]]]:
@@ -59,8 +72,9 @@ def misspellings(message: str, parser: argparse.ArgumentParser) -> Iterator[tupl
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """The word that is most like this one, if one is."""
-    return difflib.get_close_matches(word, list(known), 1, cutoff=LIKENESS)
+    """The word that is most like this one, in either case, if one is."""
+    spelled = {each.lower(): each for each in known}
+    return [spelled[each] for each in difflib.get_close_matches(word.lower(), spelled, 1, cutoff=LIKENESS)]
 
 
 def list_options(parser: argparse.ArgumentParser) -> list[str]:

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from hpccomm.errors import ArgumentError, HpccommError, LaunchError
 
@@ -280,6 +280,19 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:k]), [word for word in argv[k : k + 1] if word != "--"] + list(argv[k + 1 :])
 
 
+def refuse_flags(unknown: Sequence[str]) -> NoReturn:
+    """End with an error for flags that are misspelled, or the launcher's own."""
+    from hpccomm.arguments import describe_meant
+
+    words, made = " ".join(unknown), parser()
+    misspelled = describe_meant(f"unrecognized arguments: {words}", made)
+    made.error(
+        f"unrecognized arguments: {words}"
+        if misspelled
+        else f"{words} is no flag of hpccomm-run: give mpirun its own flags with --mpi-args='{words} …'"
+    )
+
+
 def trace_into(file: Path | None) -> dict[str, str]:
     """The variable that makes ranks write a trace; raises ArgumentError for a file that cannot be written."""
     if file is None:
@@ -339,7 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import shlex
 
     own, program = split_arguments(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(own)
+    args, unknown = parser().parse_known_args(own)
+    if unknown:
+        refuse_flags(unknown)
     if not program or args.ranks < 1:
         parser().error("pass the number of ranks, 1 or more, and a program: hpccomm-run -n 4 train.py")
     try:

@@ -72,6 +72,9 @@ def compare_objects(name: str) -> Any:
     def method(self: Any, *args: Any, **named: Any) -> Any:
         given = {each: args[k] if k < len(args) else named.get(each, other) for each, k, other in places}
         op, root = given.get("op"), given.get("root")
+        if not callable(op) and "op" in given:  # a name, or what is no operation
+            given["op"] = operations.read_op(given["op"], f"rank {self.rank}: {name}")
+            return method(self, *args[:1], **(named | given))
         code = getattr(self._doors, door)(None, None, op, root, None, None)
         try:
             if code > MISS:
@@ -140,7 +143,7 @@ class ObjectCalls:
 
     def allreduce(self, sendobj: Any, op: Any = MPI.SUM) -> Any:
         """mpi4py's ``allreduce``; ``op`` may also be a name."""
-        if isinstance(op, str):
+        if not callable(op):
             op = operations.read_op(op, f"rank {self.rank}: allreduce")
         if not (isinstance(op, MPI.Op) and op.handle in operations.PREDEFINED):
             return type(self.comm).allreduce(self.comm, sendobj, op)

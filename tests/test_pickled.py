@@ -168,6 +168,24 @@ def test_mistakes_are_named_with_either_setting(auto: Communicator, mistake: Any
         mistake(ours, ours.rank == 1)
 
 
+@pytest.mark.parametrize("pickle", ["mpi4py", "auto"])
+def test_an_operation_of_objects_may_be_a_name_and_what_is_none_is_refused(comm: Communicator, pickle: str) -> None:
+    ours = Communicator(comm, pickle=pickle)
+    rank, last = ours.rank, ours.size - 1
+    for _ in range(3):
+        assert ours.allreduce(rank, op="max") == ours.allreduce(rank, "max") == last
+        assert (
+            ours.reduce(rank, "max", last) == ours.reduce(rank, op="max", root=last) == (last if rank == last else None)
+        )
+        assert ours.scan(1, op="sum") == ours.scan(sendobj=1, op="sum") == rank + 1
+        assert ours.exscan(1, "sum") == (rank or None)
+    for name in ("allreduce", "reduce", "scan", "exscan"):
+        for op in ("summ", "mean", 3, None):
+            with pytest.raises(ArgumentError, match=f"rank {rank}: {name}: op="):
+                getattr(ours, name)(1, op=op)
+    assert ours.allreduce(1) == ours.size
+
+
 def call_objects(comm: Communicator, root: int) -> dict[str, Any]:
     """What every lower-case collective gives, by its name."""
     rank, size = comm.rank, comm.size

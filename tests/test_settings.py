@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from mpi4py import MPI
 
 import hpccomm
 from hpccomm import ArgumentError, launcher
+from hpccomm.calls.watchdog import stall_seconds
 from hpccomm.settings import check_environment
 
 
@@ -32,6 +34,16 @@ from hpccomm.settings import check_environment
 )
 def test_known_settings_pass(name: str, value: str) -> None:
     check_environment({name: value})
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("", 60.0), ("abc", 60.0), ("-1", 60.0), ("nan", 60.0), ("0.5", 0.5), ("inf", math.inf)]
+)
+def test_the_watchdog_takes_a_wrong_number_of_seconds_for_none(
+    value: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPCCOMM_STALL_SECONDS", value)
+    assert stall_seconds() == seconds
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from mpi4py import MPI
 
 from hpccomm import Communicator
 from hpccomm.__main__ import main
+from hpccomm.cluster.nodes import Cluster, unavailable_reason
 from hpccomm.errors import ArgumentError
 from hpccomm.launcher import trace_into
 from hpccomm.observe import report
@@ -41,8 +43,6 @@ comm.bcast({"a": 1})
 
 
 def run_traced(ranks: int, path: Path, *program: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     return run_under_mpi(ranks, *program, environ=os.environ | {"HPCCOMM_TIMELINE": str(path)}, timeout=120)
 
 
@@ -67,6 +67,10 @@ def check_format(trace: dict[str, Any]) -> None:
 
 def slices_of(trace: dict[str, Any], rank: int) -> list[dict[str, Any]]:
     return [each for each in trace["traceEvents"] if each["ph"] == "X" and each["tid"] == rank]
+
+
+def end_of(each: dict[str, Any]) -> float:
+    return float(each["ts"] + each["dur"])
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,60 @@ def test_calls_of_sub_communicators_are_told_apart(traced: tuple[Path, dict[str,
 def test_a_call_carries_its_bytes(traced: tuple[Path, dict[str, Any]]) -> None:
     found = {each["args"]["bytes"] for each in slices_of(traced[1], 0) if each["name"] == "Allreduce"}
     assert found == {800}
+
+
+SLOWED = 3
+SLOWED_TRAINING = f"""
+import pathlib, sys, time
+from hpccomm.__main__ import main
+from hpccomm.observe.timeline import part
+from hpccomm.train import networks
+from mpi4py import MPI
+
+rank, learn, steps, folder = MPI.COMM_WORLD.rank, networks.Perceptron.learn, [], pathlib.Path(sys.argv.pop(1))
+
+def slowed(*args):
+    loss = learn(*args)
+    steps.append(loss)
+    (folder / f"{{rank}}-{{len(steps)}}").touch()
+    while rank == {SLOWED} and not all((folder / f"{{r}}-{{len(steps)}}").exists() for r in range({SLOWED})):
+        time.sleep(0.001)
+    if rank == {SLOWED}:
+        with part("slowed"):
+            time.sleep(0.3)  # the others are in the exchange meanwhile
+    return loss
+
+networks.Perceptron.learn = slowed
+sys.exit(main(sys.argv[1:]))
+"""
+"""``hpccomm train`` in which one rank finishes each gradient after all others."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason() or "namespaces are available")
+def test_a_trace_of_training_on_two_nodes_shows_the_wait_for_a_slowed_rank(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    path, words = tmp_path / "trace.json", "train digits --method dgc --epochs 1 --samples 640"
+    with Cluster(2, "", f"t{os.getpid() % 10**6}") as cluster:
+        environ = {"HPCCOMM_TIMELINE": str(path)}
+        program = ["-c", SLOWED_TRAINING, str(tmp_path), *words.split()]
+        done = cluster.run(program, 2, capture_output=True, text=True, timeout=300, env=environ)
+    assert done.returncode == 0, done.stderr
+    trace = json.loads(path.read_text())
+    check_format(trace)
+    assert {each["args"]["name"] for each in trace["traceEvents"] if each["name"] == "process_name"} == {
+        "node n0",
+        "node n1",
+    }
+    slowed = [each for each in slices_of(trace, SLOWED) if each["name"] == "slowed"]
+    assert len(slowed) >= 5
+    for rank in range(SLOWED):
+        blamed: dict[str, float] = {}
+        for each in slices_of(trace, rank):
+            if each["cat"] == "wait":
+                inside = sum(max(0.0, min(map(end_of, (each, it))) - max(each["ts"], it["ts"])) for it in slowed)
+                blamed[each["name"]] = blamed.get(each["name"], 0.0) + inside
+        assert max(blamed, key=blamed.__getitem__) == f"wait for rank {SLOWED}", blamed
 
 
 def test_without_the_variable_nothing_is_kept_for_a_trace() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial, reduce
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -805,3 +807,37 @@ def test_a_rank_that_comes_late_to_monitored_barrier_raises_as_well() -> None:
 
 
 __all__ = ["process_group"]
+
+
+def may_have_huge_pages(tensor: Any) -> bool:
+    """Whether the kernel has been told so of the middle of a tensor's memory."""
+    at = tensor.data_ptr() + tensor.numel() * tensor.element_size() // 2
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        ends = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if ends:
+            inside = int(ends[1], 16) <= at < int(ends[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("the tensor is not in the memory of this process")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+@pytest.mark.parametrize("name", ["all_to_all_single", "all_gather_into_tensor", "broadcast", "scatter", "all_gather"])
+def test_new_tensors_that_a_call_fills_may_have_huge_pages(name: str) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    length = 3 * (1 << 20) * ranks
+    old, new = torch.ones(length), torch.empty(length)
+    part = length // ranks
+    rows = list(new.chunk(ranks))
+    calls = {
+        "all_to_all_single": lambda: dist.all_to_all_single(new, old),
+        "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(new, old[:part]),
+        "all_gather": lambda: dist.all_gather(rows, old[:part]),
+        "broadcast": lambda: dist.broadcast(old if rank == 0 else new, 0),
+        "scatter": lambda: dist.scatter(new, [old] * ranks if rank == 0 else None, 0),
+    }
+    calls[name]()
+    if not (name == "broadcast" and rank == 0):
+        assert may_have_huge_pages(new)
+        assert bool((new == 1).all())

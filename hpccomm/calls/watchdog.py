@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 from mpi4py import MPI
 
+from hpccomm import settings
 from hpccomm.calls.departures import Farewell, Launchers
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import HpccommError
@@ -67,8 +68,12 @@ CheckTime = Callable[[float], float | None]
 
 
 def stall_seconds() -> float:
-    """Seconds after which the watchdog reports a call (``HPCCOMM_STALL_SECONDS``, 60)."""
-    return float(os.environ.get("HPCCOMM_STALL_SECONDS") or "60")
+    """Seconds after which the watchdog reports a call (``HPCCOMM_STALL_SECONDS``, 60).
+
+    A wrong value, which :func:`~hpccomm.settings.check_environment` reports, counts as none.
+    """
+    value = os.environ.get("HPCCOMM_STALL_SECONDS", "")
+    return 60.0 if not value or settings.seconds(value) else float(value)
 
 
 def log_line(sentence: str) -> None:

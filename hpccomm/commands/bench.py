@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpccomm.arguments import nearest
+from hpccomm.arguments import unknown_name
 from hpccomm.commands.files import check_file, run_on_root
 from hpccomm.commands.progress import Progress
 from hpccomm.errors import ArgumentError
@@ -97,8 +97,7 @@ def parse_command(args: argparse.Namespace, printer: Printer) -> BenchArguments 
         raise ArgumentError(f"{name}: non-blocking calls are not measured: use {name[1:]}, which blocks")
     if name not in CASES:
         problem = f"there is no benchmark {name!r}" if name else "the name of a benchmark is missing"
-        meant = "".join(f"; did you mean {each}?" for each in nearest(name, CASES))
-        raise ArgumentError(f"{problem}: use one of {', '.join(CASES)}{meant}")
+        raise unknown_name(problem, name, CASES)
     if {"-h", "--help"} & set(words):
         printer.print_line(flags.parser(name, nccl or nccl_flags.is_meant(words)).format_help())
         return None

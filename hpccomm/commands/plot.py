@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hpccomm.arguments import unknown_name
 from hpccomm.collectives import ALGORITHMS, draw
 from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.collectives.schedule import Algorithm
@@ -84,6 +85,4 @@ def resolve_algorithm(name: str, args: argparse.Namespace) -> tuple[str, Algorit
         if name in algorithms and args.collective in (None, collective):
             return collective, algorithms[name]
     known = sorted({each for c, names in ALGORITHMS.items() for each in names if args.collective in (None, c)})
-    raise ArgumentError(
-        f"{name!r} is neither a file nor an algorithm: use one of {', '.join([*known, 'hierarchical'])}"
-    )
+    raise unknown_name(f"{name!r} is neither a file nor an algorithm", name, [*known, "hierarchical"])

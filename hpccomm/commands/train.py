@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from hpccomm.arguments import flag_of
+from hpccomm.arguments import flag_of, unknown_name
 from hpccomm.commands.files import check_file, check_folder, run_on_root
 from hpccomm.commands.progress import Progress
 from hpccomm.errors import ArgumentError, HpccommError
@@ -276,7 +276,7 @@ def check_files(args: argparse.Namespace, comm: Communicator) -> None:
 def check_choice(what: str, value: str, known: Any) -> None:
     """Raise for a name that is not known."""
     if value not in known:
-        raise ArgumentError(f"{what} {value!r} is not known: use one of {', '.join(known)}")
+        raise unknown_name(f"{what} {value!r} is not known", value, known)
 
 
 def load_data(args: argparse.Namespace, comm: Communicator) -> Dataset:

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     comm = Communicator(MPI.COMM_WORLD)
     if comm.size == 1:
-        raise ArgumentError("one rank has nothing to tune: use more, for example `mpirun -n 4 hpccomm tune`")
+        raise ArgumentError("one rank has nothing to tune: hpccomm-run -n 4 -m hpccomm tune")
     site = site_of(comm)
     out = Path(args.out) if args.out else tuning.user_file(site.mpi, site.host)
     wanted = args.algorithm.split(",") if args.algorithm else []

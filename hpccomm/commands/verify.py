@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from hpccomm.arguments import unknown_name
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.check import check_algorithm
 from hpccomm.collectives.hierarchical import HIERARCHICAL
@@ -78,9 +79,9 @@ def subjects(algorithm: str, collective: str | None) -> list[Subject]:
     every += [Subject(each, "hierarchical") for each in HIERARCHICAL]
     found = [each for each in every if algorithm in ("all", each.algorithm) and collective in (None, each.collective)]
     if not found:
-        names = ", ".join(sorted({each.algorithm for each in every if collective in (None, each.collective)}))
-        raise ArgumentError(
-            f"no algorithm {algorithm!r} for {collective or 'any collective'}: use 'all' or one of {names}"
+        names = sorted({each.algorithm for each in every if collective in (None, each.collective)})
+        raise unknown_name(
+            f"no algorithm {algorithm!r} for {collective or 'any collective'}", algorithm, ["all", *names]
         )
     return found
 

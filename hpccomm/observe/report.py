@@ -64,7 +64,7 @@ def read(path: str) -> list[Slice]:
             if each["ph"] == "X"
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ArgumentError(f"{path} is no trace: write one with hpccomm-run --timeline {path}") from None
+        raise ArgumentError(f"{path} is no trace: write one with hpccomm-run --timeline trace.json") from None
 
 
 def outermost(slices: Iterable[Slice]) -> list[Slice]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -24,6 +26,10 @@ NUMPY = {
     )
 }
 """NumPy's name of torch's dtype."""
+HUGE_PAGE, FEWEST_HUGE_PAGES = 1 << 21, 2
+MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", 14)
+madvise = ctypes.CDLL(None).madvise
+madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Lender:
@@ -86,9 +92,9 @@ def read(tensor: Tensor, who: str) -> Tensor:
 def find_room(tensor: Tensor, who: str, dtype: torch.dtype | None = None) -> Tensor:
     """A dense tensor as long as ``tensor`` and of this dtype: itself, or a new one for :func:`copy_back`."""
     if (dtype is None or dtype == tensor.dtype) and is_dense(tensor):
-        return tensor
+        return with_huge_pages(tensor)
     check_layout(tensor, who)
-    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
+    return with_huge_pages(torch.empty(tensor.shape, dtype=dtype or tensor.dtype))
 
 
 def copy_back(dense: Tensor, tensor: Tensor) -> None:
@@ -110,12 +116,25 @@ def find_row(tensors: Sequence[Tensor], who: str) -> Tensor:
     """A dense tensor as long as all tensors together: where they lie, or a new one for :func:`copy_apart`."""
     whole = adjoin(tensors)
     if whole is not None:
-        return whole
+        return with_huge_pages(whole)
     for each in tensors:
         check_layout(each, who)
         if each.dtype != tensors[0].dtype:
             refuse_dtypes(tensors, who)
-    return torch.empty(sum(each.numel() for each in tensors), dtype=tensors[0].dtype)
+    return with_huge_pages(torch.empty(sum(each.numel() for each in tensors), dtype=tensors[0].dtype))
+
+
+def with_huge_pages(tensor: Tensor) -> Tensor:
+    """A dense tensor that a call fills, for whose new pages the kernel may take huge ones.
+
+    NumPy asks for them where it allocates, torch does not; most of the time of a call that fills a new tensor of some
+    megabytes is that of its page faults.
+    """
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes >= FEWEST_HUGE_PAGES * HUGE_PAGE:
+        first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        madvise(first, (tensor.data_ptr() + nbytes) // HUGE_PAGE * HUGE_PAGE - first, MADV_HUGEPAGE)
+    return tensor
 
 
 def copy_apart(row: Tensor, tensors: Sequence[Tensor]) -> None:
