@@ -142,7 +142,7 @@ def table(record: dict[str, Any]) -> str:
         times = {name: round_times(record, name, nbytes) for name in names}
         natives = [min(each) for each in zip(*(times[n] for n in names if n.startswith("native")), strict=True)]
         share = wire_us(record, nbytes) / median(times[ours])
-        cells = [str(nbytes), *(f"{median(times[name]):.4g}" for name in names)]
+        cells = [str(nbytes), *(harness.number(median(times[name])) for name in names)]
         cells.append(harness.spread(harness.ratios(natives, times[ours]), ".2f"))
         rows.append([*cells, *([f"{share:.1%}", f"{share / stream:.1%}"] if nbytes >= LONG else ["", ""])])
     if VERSIONS[0] in names:

@@ -282,7 +282,14 @@ def spread(values: Sequence[float], form: str = ".4g", unit: float = 1.0) -> str
     """The median, and in brackets the least and the largest value; nothing of no values."""
     if not values:
         return ""
-    return f"**{unit * median(values):{form}}** ({unit * min(values):{form}}–{unit * max(values):{form}})"
+    middle, least, most = (number(unit * each, form) for each in (median(values), min(values), max(values)))
+    return f"**{middle}** ({least}–{most})"
+
+
+def number(value: float, form: str = ".4g") -> str:
+    """A number for a reader: 24,230 and not 2.423e+04."""
+    text = f"{value:{form}}"
+    return f"{float(text):,.0f}" if "e+" in text else text
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:

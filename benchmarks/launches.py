@@ -65,7 +65,7 @@ def report(launches: Sequence[Launch]) -> str:
         [
             [
                 str(size),
-                *(f"{times[name, size]:.4g}" for name in names),
+                *(harness.number(times[name, size]) for name in names),
                 *(harness.spread(ratios_to_native(launches, name, size, field), ".2f") for name, field in ratios),
             ]
             for size in dict.fromkeys(size for _, size in times)

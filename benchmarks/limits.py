@@ -123,7 +123,9 @@ def tables(rounds: list[list[dict[str, Any]]]) -> str:
     times, shares = [], []
     for at in zip(*rounds, strict=True):
         size = str(at[0]["bytes"])
-        times.append([size, *(f"{median(r[name] for r in at):.4g}" if name in at[0] else "" for name in columns)])
+        times.append(
+            [size, *(harness.number(median(r[name] for r in at)) if name in at[0] else "" for name in columns)]
+        )
         shares.append([size])
         for ours in OURS:
             reached = median(each["native"] / each[ours] for each in at)

@@ -284,7 +284,7 @@ def steps_table(records: Sequence[dict[str, Any]]) -> str:
         for title, each in found.items():
             times, guess = each["seconds"], predict_step(title, record)
             cells = [str(record["nodes"]), title, harness.spread(times, unit=1e3)]
-            cells += ["", ""] if title in UNPREDICTED else [f"{1e3 * guess:.4g}", f"{median(times) / guess:.2f}"]
+            cells += ["", ""] if title in UNPREDICTED else [harness.number(1e3 * guess), f"{median(times) / guess:.2f}"]
             cells += [f"{median(each['sent']) / 1e6:.2f}", f"{predict_bytes(title, record) / 1e6:.2f}"]
             ratios = harness.ratios(times, found[MICS]["seconds"])
             versus = f"**{median(ratios):.2f}×** ({ratios[0]:.2f}–{ratios[-1]:.2f})"

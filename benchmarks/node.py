@@ -221,7 +221,7 @@ def bandwidth_share(found: Rounds, ours: str, nbytes: int, ranks: int) -> str:
 def median_us(found: Rounds, name: str, nbytes: int) -> str:
     """A contender's median in microseconds."""
     values = [times[name, nbytes] for times, _ in found if (name, nbytes) in times]
-    return f"{median(values):.4g}" if values else "–"
+    return harness.number(median(values)) if values else "–"
 
 
 def ratios(found: Rounds, natives: Sequence[str], ours: str, other: str, nbytes: int) -> list[float]:

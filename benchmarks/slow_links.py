@@ -46,7 +46,7 @@ PATH_SHAPES = {(4, 1): 1 << 24, (4, 2): 1 << 24, (8, 2): 1 << 22}
 """The elements by nodes and ranks on each; sixteen ranks share the memory of one machine."""
 PATHS = ("allgather", "node", "auto")
 """Arguments of ``feedback``: flat, node-aware, and what it chooses."""
-TUNED, TUNED_SIZES = "native,ring,butterfly,bruck", "1Ki,64Ki,1Mi"
+TUNED, TUNED_SIZES = "native,ring,butterfly,bruck", "1Ki,64Ki,1Mi,4Mi"
 """Algorithms of the allgather that are tuned first, and the bytes of their results."""
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 """glibc keeps freed memory in the process, as new pages are expensive on a virtual machine."""

@@ -83,7 +83,7 @@ def table(results: list[dict[str, Any]]) -> str:
             continue
         ours, gloo = (row["seconds"][name] for name in ("hpccomm", "gloo"))
         gains, nulls = harness.ratios(gloo, ours), null_ratios(row)
-        times = [f"{median(each) * 1e6:.4g}" for each in (ours, gloo)]
+        times = [harness.number(median(each) * 1e6) for each in (ours, gloo)]
         size = f"{row['bytes']}" if row["bytes"] else ""
         lines.append([row["call"], size, *times, f"**{median(gains):.3g}**", f"{min(gains):.3g}", f"{min(nulls):.2f}"])
     head = ["call", "bytes", "hpccomm, µs", "gloo, µs", "gloo / hpccomm", "worst round", "worst null"]

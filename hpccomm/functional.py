@@ -62,7 +62,7 @@ def allreduce(
         return start(partial(allreduce, x, op, **rest), ranks)
     who = f"rank {ranks.rank}: allreduce"
     if is_on_device(x):
-        return allreduce_on_device(x, op, ranks, algorithm, reproducible, stream)
+        return reduce_on_device(allreduce, x, op, ranks, algorithm, reproducible, stream)
     array, give_back = borrow(x, who)
     meaning = operation(op, array, who)
     send = prepare_reduction(array, meaning)
@@ -91,7 +91,7 @@ def reduce_scatter(
         return start(partial(reduce_scatter, x, op, **rest), ranks)
     who = f"rank {ranks.rank}: reduce_scatter"
     if is_on_device(x):
-        return reduce_scatter_on_device(x, op, ranks, algorithm, reproducible, stream)
+        return reduce_on_device(reduce_scatter, x, op, ranks, algorithm, reproducible, stream)
     array, give_back = borrow(x, who)
     if array.ndim == 0:
         raise ArgumentError(f"{who}: a scalar cannot be divided over the ranks: use allreduce")
@@ -176,42 +176,30 @@ DEVICE_MEANS = "fd"
 """``dtype.char`` of the dtypes whose means are divided on the device; other means are computed on the host."""
 
 
-def allreduce_on_device(
-    x: Any, op: MPI.Op | str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any
+def reduce_on_device(
+    function: Any, x: Any, op: MPI.Op | str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any
 ) -> Any:
-    """:func:`allreduce` of an array on a device, into a new one on the same device."""
-    x, known = to_c_order(x, "allreduce", ranks, stream)
-    meaning = operation(op, known, f"rank {ranks.rank}: allreduce")
-    if meaning.divides and known.dtype.char not in DEVICE_MEANS:
-        body = partial(allreduce, op=op, comm=ranks, algorithm=algorithm, reproducible=reproducible)
-        return ranks._device_planner.call_on_host("Allreduce", x, body, stream)
-    total = ranks._device_planner.empty_like(x, known.shape, known.dtype)
-    ranks.Allreduce(x, total, meaning.op, algorithm_argument(algorithm), reproducible, stream)
-    if meaning.divides:
-        ranks._device_planner.divide(total)
-    return convert_like(total, x)
-
-
-def reduce_scatter_on_device(
-    x: Any, op: MPI.Op | str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any
-) -> Any:
-    """:func:`reduce_scatter` of an array on a device."""
-    x, known = to_c_order(x, "reduce_scatter", ranks, stream)
-    who = f"rank {ranks.rank}: reduce_scatter"
-    if not known.shape:
+    """:func:`allreduce` or :func:`reduce_scatter` of an array on a device, into a new one on the same device."""
+    name = function.__name__
+    x, known = to_c_order(x, name, ranks, stream)
+    who = f"rank {ranks.rank}: {name}"
+    if not known.shape and function is reduce_scatter:
         raise ArgumentError(f"{who}: a scalar cannot be divided over the ranks: use allreduce")
     meaning = operation(op, known, who)
     if meaning.divides and known.dtype.char not in DEVICE_MEANS:
-        body = partial(reduce_scatter, op=op, comm=ranks, algorithm=algorithm, reproducible=reproducible)
-        return ranks._device_planner.call_on_host("Reduce_scatter", x, body, stream)
-    rows, row = rows_per_rank(known.shape[0], ranks.size), math.prod(known.shape[1:])
-    mine = ranks._device_planner.empty_like(x, (rows[ranks.rank], *known.shape[1:]), known.dtype)
-    ranks.Reduce_scatter(
-        x, mine, [each * row for each in rows], meaning.op, algorithm_argument(algorithm), reproducible, stream
-    )
+        body = partial(function, op=op, comm=ranks, algorithm=algorithm, reproducible=reproducible)
+        return ranks._device_planner.call_on_host(name.capitalize(), x, body, stream)
+    rest = meaning.op, algorithm_argument(algorithm), reproducible, stream
+    if function is allreduce:
+        result = ranks._device_planner.empty_like(x, known.shape, known.dtype)
+        ranks.Allreduce(x, result, *rest)
+    else:
+        rows, row = rows_per_rank(known.shape[0], ranks.size), math.prod(known.shape[1:])
+        result = ranks._device_planner.empty_like(x, (rows[ranks.rank], *known.shape[1:]), known.dtype)
+        ranks.Reduce_scatter(x, result, [each * row for each in rows], *rest)
     if meaning.divides:
-        ranks._device_planner.divide(mine)
-    return convert_like(mine, x)
+        ranks._device_planner.divide(result)
+    return convert_like(result, x)
 
 
 def allgather_on_device(x: Any, ranks: Communicator, algorithm: str, stream: Any) -> Any:

@@ -156,9 +156,7 @@ class Planner(Member):
             result.flags.writeable = False  # which the plan does not ask
             return self.keep(key, Plan(inner.run, inner.free, result))
         fingerprint = Fingerprint("Allreduce_view", op_name, str(send.elements), send.kind)
-        if shared.lacks_view(send.address, send.nbytes):
-            self.context.run_together(fingerprint, lambda: shared.view(send.address, send.nbytes))
-        view = shared.view(send.address, send.nbytes)
+        view = shared.view(send.address, send.nbytes, partial(self.context.run_together, fingerprint))
         if view is None:
             raise ArgumentError(
                 f"{who}: the array is not registered: allocate it with comm.empty, comm.zeros or comm.register"

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The jobs in this folder source this file: it sets the Python, the launcher and the folder for results.
 #
 #   PYTHON     the Python of the environment that hpccomm is installed in      default: python
@@ -38,7 +39,7 @@ launch() {
 # As launch, but passes the signal USR1 on to all ranks.  They save a checkpoint and end; then the job is queued again.
 interruptible() {
     local status=0
-    (RUN=exec launch "$@") &
+    (RUN="exec" launch "$@") &
     child=$!
     trap 'signalled=yes; kill -USR1 "$child"' USR1
     while :; do # a signal interrupts wait, not the program

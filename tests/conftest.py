@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -91,6 +92,26 @@ def pytest_collection_finish() -> None:
     """What was imported for the tests is no garbage: collections need not look through it again."""
     gc.collect()
     gc.freeze()
+
+
+_left_running: set[tuple[int, int]] = set()
+"""The communicator and the begin of calls that a test before has left running."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A serial test leaves no call running: the watchdog would report it in later tests."""
+    from hpccomm.testing.lockstep import size_of  # pytest must load a plug-in before anybody imports it
+
+    recorders = sys.modules.get("hpccomm.observe.flight_recorder")
+    if recorders is None or size_of(item):
+        return
+    table = recorders.recorder().ring.table
+    if ((table["end"] == 0) & (table["comm"] != 0)).any():  # a hundredth of the time of running()
+        found = recorders.recorder().ring.running()
+        left = [str(each) for each in found if (each.comm, each.begin) not in _left_running]
+        _left_running.update((each.comm, each.begin) for each in found)
+        assert not left, f"calls that this test has left running: {left}"
 
 
 def table_of(item: pytest.Item) -> tuple[str, int]:

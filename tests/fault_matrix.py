@@ -35,8 +35,9 @@ STATUSES = {"kill": (137, 9), "raise": (1,), "memory": (1,), "exit": (1, 9), "le
 """The faults, and the exit statuses that say what has happened; those of dead ranks differ between
 launchers: MPICH's may tell that of a rank that it has killed itself."""
 WHEN = ("at", "inside")
-LATE_SECONDS, SOON_SECONDS = 0.6, 0.2
-"""How late the other ranks are where the fault comes inside the call, and when it comes."""
+FROM_A_THREAD = ("kill", "exit")
+LATE_SECONDS, SOON_SECONDS = 0.4, 0.2
+"""How long after the fault the other ranks come where it comes inside the call, and when it comes."""
 HANG_SECONDS, ORPHAN_SECONDS = 60.0, 10.0
 
 
@@ -105,11 +106,12 @@ def run_rank(cell: Cell, folder: Path) -> None:
     if cell.fault == "launcher":
         time.sleep(100 if odd else 0)
     elif cell.when == "inside":
-        arm(cell, folder) if odd else time.sleep(LATE_SECONDS)
+        arm(cell, folder) if odd else wait_until_struck(cell, folder)
     elif odd:
         strike(cell, folder)
     call()
-    time.sleep(LATE_SECONDS if odd else 0)  # of a call that waits for nobody
+    if odd:  # of a call that waits for nobody
+        wait_until_struck(cell, folder)
     comm.Barrier()
 
 
@@ -129,9 +131,17 @@ def strike(cell: Cell, folder: Path) -> None:
     FAULTS[cell.fault](lambda: None, (), 0.0)
 
 
+def wait_until_struck(cell: Cell, folder: Path) -> None:
+    """Wait until the fault has come, and a moment longer; an exception comes only after a call of MPI's is complete."""
+    until = time.monotonic() + (HANG_SECONDS if cell.fault in FROM_A_THREAD else LATE_SECONDS)
+    while not (folder / "struck").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(LATE_SECONDS)
+
+
 def arm(cell: Cell, folder: Path) -> None:
     """Have the fault soon: an exception in the main thread, an end from another one."""
-    if cell.fault in ("kill", "exit"):
+    if cell.fault in FROM_A_THREAD:
         threading.Timer(SOON_SECONDS, strike, (cell, folder)).start()
     else:
         signal.signal(signal.SIGALRM, lambda *_: strike(cell, folder))

@@ -20,8 +20,8 @@ from test_compressors import ALL
 
 import hpccomm
 from hpccomm.algorithms.compression.format import HEADER_BYTES
-from hpccomm.algorithms.error_feedback import unpack_messages
 from hpccomm.algorithms.row_sparse import RowCode
+from hpccomm.collectives.compressed.messages import split_messages
 from hpccomm.collectives.compressed.onebit import decode_signs, encode_signs
 from hpccomm.collectives.compressed.sparse import add_vector, octets_of, pack_vector, pairs_in
 from hpccomm.errors import ArgumentError
@@ -57,7 +57,7 @@ def add_bits(message: Any, out: Any) -> None:
 
 
 def unpack(message: Any, out: Any) -> None:
-    for each in unpack_messages(message):
+    for each in split_messages(message):
         COMPRESSORS[0].decode(each, out)
 
 

@@ -1,25 +1,29 @@
 """A program that makes mistakes: each cell is one call on a new communicator, which one rank makes in another way.
 
-``mistake_matrix.py FOLDER 3,4,7`` runs these cells; each rank appends what a cell gave to FOLDER/RANK.jsonl.  A cell is
-a collective, what the odd rank does, a path, and whether the call is the communicator's first.  With a third argument,
-each node has so many ranks.
+``mistake_matrix.py FOLDER 3,4,7`` runs those of these cells that no job with a folder next to this one has taken; each
+rank appends what a cell gave to FOLDER/RANK.jsonl.  A cell is a collective, what the odd rank does, a path, and whether
+the call is the communicator's first.  With a third argument, each node has so many ranks.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 PATHS = ("native", "shared", "ring")
 WHEN = ("first", "later")
-STALL_SECONDS, LATE_SECONDS = 0.5, 2.0
-"""When a missing rank is named, and how late the odd rank makes a call that it leaves out at first."""
+STALL_SECONDS, LATE_SECONDS = 0.5, 40.0
+"""When a missing rank is named, and for how long the odd rank waits at the most until the others have named it."""
+MOST_CELLS = 60
+"""How many cells one job runs: their communicators are not freed."""
 ROOTED = ("Bcast", "Gather", "Gatherv", "Reduce", "Scatter", "Scatterv", "bcast", "gather", "reduce", "scatter")
 REDUCTIONS = ("Allreduce", "Reduce", "Reduce_scatter_block", "Reduce_scatter", "Scan", "Exscan")
 COLLECTIVES = {
@@ -114,8 +118,13 @@ def all_cells() -> list[Cell]:
     return cells + legal
 
 
-def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
-    """The call of one rank."""
+def is_named(said: str) -> bool:
+    """Whether a text names the odd rank."""
+    return bool(re.search(r"\brank 1\b|\branks (\d+, )*1\b", said))
+
+
+def make_call(comm: Any, cell: Cell, odd: bool, wait: Callable[[], None] = lambda: None) -> Callable[[], Any]:
+    """The call of one rank; ``wait`` waits until the others have missed it."""
     import numpy as np
     from mpi4py import MPI
 
@@ -141,7 +150,7 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
     types = [MPI.DOUBLE] * p
     typed = [8 * k for k in places], types
     within = odd and cell.mistake == "place"
-    late = LATE_SECONDS if odd and cell.mistake == "unstarted" else 0.0
+    begin = wait if odd and cell.mistake == "unstarted" else lambda: None
     indices, picked, signs = np.arange(2, dtype=np.uint32), np.ones(2, "f4"), 16 * p * n
     errors = np.zeros(signs, "f4"), np.zeros(signs // p, "f4")
     calls: dict[str, Callable[[], Any]] = {
@@ -171,11 +180,11 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
         "scatter": lambda: comm.scatter(list(range(p)) if at_root else None, root),
         "alltoall": lambda: comm.alltoall(list(range(p))),
         "barrier": comm.barrier,
-        "Allreduce_init": lambda: run_request(comm.Allreduce_init(one, into_one, op), late),
-        "Bcast_init": lambda: run_request(comm.Bcast_init(one, root), late),
-        "Gather_init": lambda: run_request(comm.Gather_init(one, into_each if at_root else None, root), late),
-        "Reduce_init": lambda: run_request(comm.Reduce_init(one, into_one, op, root), late),
-        "Allgather_init": lambda: run_request(comm.Allgather_init(one, into_each), late),
+        "Allreduce_init": lambda: run_request(comm.Allreduce_init(one, into_one, op), begin),
+        "Bcast_init": lambda: run_request(comm.Bcast_init(one, root), begin),
+        "Gather_init": lambda: run_request(comm.Gather_init(one, into_each if at_root else None, root), begin),
+        "Reduce_init": lambda: run_request(comm.Reduce_init(one, into_one, op, root), begin),
+        "Allgather_init": lambda: run_request(comm.Allgather_init(one, into_each), begin),
         "Iallreduce": lambda: comm.Iallreduce(one, into_one, op).Wait(),
         "Iallgather": lambda: comm.Iallgather(one, into_each).Wait(),
         "Ibcast": lambda: comm.Ibcast(one, root).Wait(),
@@ -194,15 +203,52 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
     return calls[SIBLINGS[name] if odd and cell.mistake == "sibling" else name]
 
 
-def run_request(request: Any, late: float) -> None:
-    """Start and complete a persistent call."""
-    time.sleep(late)
+def run_request(request: Any, begin: Callable[[], None]) -> None:
+    """Start and complete a persistent call, after ``begin``."""
+    begin()
     request.Start()
     request.Wait()
     request.Free()
 
 
-def run_cell(world: Any, cell: Cell) -> str:
+class Output:
+    """What the ranks print to FOLDER/RANK.stderr: a line at the begin and at the end of a cell, and all between."""
+
+    def __init__(self, folder: Path, rank: int, ranks: int) -> None:
+        with (folder / f"{rank}.stderr").open("w+b") as file:
+            os.dup2(file.fileno(), 2)
+        self.others = [folder / f"{each}.stderr" for each in range(ranks) if each != rank]
+
+    def begin(self, number: int) -> None:
+        """This rank begins a cell."""
+        self.start, self.number = os.lseek(2, 0, os.SEEK_END), number
+        os.write(2, f"cell {number}\n".encode())
+
+    def end(self) -> None:
+        """This rank has left its cell."""
+        os.write(2, f"left {self.number}\n".encode())
+
+    def read(self) -> str:
+        """What this rank has printed in its cell."""
+        return os.pread(2, 10000, self.start).decode(errors="replace")
+
+    def read_others(self) -> list[str]:
+        """What each other rank has printed in this rank's cell."""
+        texts = [each.read_text(errors="replace") for each in self.others]
+        return [each.partition(f"cell {self.number}\n")[2] for each in texts]
+
+    def wait_until_missed(self) -> None:
+        """Wait until another rank names this one from now on, or all others have left its cell."""
+        lengths, until = [len(each) for each in self.read_others()], time.monotonic() + LATE_SECONDS
+        while time.monotonic() < until:
+            texts = self.read_others()
+            named = any(is_named(text[length:]) for text, length in zip(texts, lengths, strict=True))
+            if named or all(f"left {self.number}\n" in text for text in texts):
+                return
+            time.sleep(0.02)
+
+
+def run_cell(world: Any, cell: Cell, wait: Callable[[], None]) -> str:
     """Run one cell; what this rank has seen: an error's class and sentence, or that there was none."""
     import hpccomm
 
@@ -210,17 +256,25 @@ def run_cell(world: Any, cell: Cell) -> str:
     odd = comm.rank == 1
     if cell.when == "later":
         for _ in range(2):
-            make_call(comm, cell, False)()
-    call = make_call(comm, cell, odd)
+            make_call(comm, cell, False, wait)()
+    call = make_call(comm, cell, odd, wait)
     again = 2 if cell.mistake == "new arrays" else 1
     try:
         if odd and cell.mistake == "missing":
-            time.sleep(LATE_SECONDS)
+            wait()
         for _ in range(again):
             call()
     except Exception as error:  # every one counts
         return f"{type(error).__name__}: {error}"
     return "silent"
+
+
+def take_cells(folder: Path, numbers: Sequence[int]) -> Iterator[int]:
+    """The cells that no other job has taken."""
+    for number in numbers:
+        with suppress(FileExistsError):
+            (folder / f"{number}.taken").touch(exist_ok=False)
+            yield number
 
 
 def main() -> None:
@@ -235,16 +289,14 @@ def main() -> None:
         per_node = int(sys.argv[3])
         context.ranks_of_this_node = lambda comm: comm.Split(comm.rank // per_node, comm.rank)
     os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
-    said = (folder / f"{world.rank}.stderr").open("w+b")
-    os.dup2(said.fileno(), 2)
+    output, taken = Output(folder, world.rank, world.size), islice(take_cells(folder.parent, numbers), MOST_CELLS)
     with (folder / f"{world.rank}.jsonl").open("a", buffering=1) as log:
-        for number in numbers:
-            before = os.lseek(2, 0, os.SEEK_END)
-            os.write(2, f"cell {number}\n".encode())
-            outcome = run_cell(world, cells[number])
+        while (number := world.bcast(next(taken, None) if world.rank == 0 else None)) is not None:
+            output.begin(number)
+            outcome = run_cell(world, cells[number], output.wait_until_missed)
+            output.end()
             world.Barrier()
-            warned = os.pread(2, 10000, before).decode(errors="replace")
-            log.write(json.dumps([number, outcome, warned]) + "\n")
+            log.write(json.dumps([number, outcome, output.read()]) + "\n")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,14 @@ def test_a_spread_shows_the_median_the_least_and_the_largest_value() -> None:
     assert harness.spread([]) == ""
 
 
+@pytest.mark.parametrize(
+    ("value", "form", "text"),
+    [(24_233.0, ".4g", "24,230"), (9_999.4, ".4g", "9999"), (123_456.0, ".3g", "123,000"), (0.5, ".2f", "0.50")],
+)
+def test_numbers_have_no_exponent(value: float, form: str, text: str) -> None:
+    assert harness.number(value, form) == text
+
+
 def test_ratios_are_taken_round_by_round() -> None:
     assert harness.ratios([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == [1.0, 2.0, 3.0]
     with pytest.raises(ValueError, match="shorter"):

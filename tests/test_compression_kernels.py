@@ -562,6 +562,29 @@ def test_compiled_int8_rounds_as_division_does() -> None:
         agree("to_int8", np.concatenate([near, 1e-30 * near, np.array([0, -0.0, 1e-45, -1e-45], F32)]), unit)
 
 
+@pytest.mark.parametrize("n", [*LENGTHS, 255, 256, 257])
+@pytest.mark.parametrize(("block", "top"), [(256, 127), (128, 7), (24, 127)])
+@pytest.mark.parametrize("scale", [1e-45, 1e-40, 1e-20, 1.0, 1e37])
+def test_compiled_block_codes_equal_the_reference(n: int, block: int, top: int, scale: float) -> None:
+    x, residual = numbers(n, 1, scale), numbers(n, 2, scale)
+    for rest in (None, residual):
+        agree("block_codes", x, rest, block, top)
+        agree("block_codes", x, rest, block, top, np.full(n, 7, F32))
+        agree("largest_of_sum", x, rest)
+    for odd in (np.nan, np.inf, -np.inf) if n else ():
+        x[n // 2] = odd
+        agree("block_codes", x, residual, block, top, np.full(n, 7, F32))
+        assert not np.isfinite(COMPILED.largest_of_sum(x, residual))
+
+
+def test_what_block_codes_lose_may_be_written_over_the_residual(kernels: SimpleNamespace) -> None:
+    x, residual, apart = numbers(5000, 1), numbers(5000, 2), np.empty(5000, F32)
+    wanted = kernels.block_codes(x, residual, 256, 127, apart)
+    found = kernels.block_codes(x, residual, 256, 127, residual)
+    assert all(has_same_bits(*pair) for pair in zip(found, wanted, strict=True))
+    assert has_same_bits(residual, apart)
+
+
 @pytest.mark.parametrize("n", [1, 9, 5000, 70001])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("mask", [False, True])

@@ -14,6 +14,7 @@ from hpccomm.algorithms import message_paths
 from hpccomm.algorithms.message_paths import EXCHANGES, choose_path
 from hpccomm.algorithms.transforms import Transform, flush
 from hpccomm.collectives.compressed import prices
+from hpccomm.collectives.compressed.messages import MessageGather, NodeGather
 from hpccomm.errors import ArgumentError
 from hpccomm.layout import Layout
 from hpccomm.performance import sparse_cost
@@ -148,6 +149,91 @@ def test_a_run_continues_from_its_state_on_the_node_path(path: str) -> None:
         assert np.array_equal(*steps)
 
     run_on_ranks(4, body, nodes=[0, 1, 0, 1])
+
+
+# Messages that nodes pass on
+
+EVEN = [[0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0], [0, 0, 0, 1, 1, 1], [2, 1, 0, 0, 1, 2]]
+
+
+class CountingComm:
+    """Counts the bytes that a rank sends to each other rank of its channel."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm, self.bytes = comm, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.comm, name)
+
+    def Allgather(self, mine: Any, room: Any) -> None:
+        self.bytes += mine.nbytes
+        self.comm.Allgather(mine, room)
+
+    def Allgatherv(self, mine: Any, room: Any) -> None:
+        self.bytes += mine.nbytes
+        self.comm.Allgatherv(mine, room)
+
+
+class CountingChannel:
+    """A communicator that counts what passes between the nodes."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm, self.inter_node = comm, CountingComm(comm.inter_node)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.comm, name)
+
+
+@pytest.mark.parametrize("nodes", EVEN, ids=str)
+@pytest.mark.parametrize("lengths", [(0,), (5,), (3, 0, 40, 7), (20_000, 1)], ids=str)
+def test_messages_gathered_by_nodes_are_those_of_all_ranks_in_their_order(
+    nodes: list[int], lengths: tuple[int, ...]
+) -> None:
+    def body(comm: Any) -> None:
+        gather, flat = NodeGather(comm), MessageGather(comm)
+        for number in range(4):
+            size = lengths[(comm.rank + number) % len(lengths)]
+            message = np.random.default_rng([comm.rank, number]).integers(0, 256, size).astype(np.uint8)
+            found, wanted = gather.gather(message)[0], flat.gather(message)[0]
+            assert [each.tobytes() for each in found] == [each.tobytes() for each in wanted]
+            assert gather.room == flat.room
+
+    run_on_ranks(len(nodes), body, nodes=nodes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("nodes", [[0, 1, 2], [0, 0, 0]], ids=str)
+def test_on_nodes_of_one_rank_and_on_one_node_the_node_path_is_an_allgather(name: str, nodes: list[int]) -> None:
+    def body(comm: Any) -> None:
+        found, wanted = (run(comm, name, path)[0] for path in ("node", "allgather"))
+        assert all(each.tobytes() == other.tobytes() for each, other in zip(found, wanted, strict=True))
+
+    run_on_ranks(len(nodes), body, nodes=nodes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("nodes", EVEN, ids=str)
+def test_on_even_nodes_the_node_path_takes_the_steps_of_an_allgather_and_sends_their_messages(
+    name: str, nodes: list[int]
+) -> None:
+    """The same bits, and no more bytes between the nodes; before lengths are known, nodes add."""
+
+    def body(comm: Any) -> None:
+        counting, weights = CountingChannel(comm), np.zeros(300, F32)
+        flat, node = METHODS[name](comm, "allgather"), METHODS[name](counting, "node")
+        _, state = flat.update(gradient_of(300, comm.rank, 0), flat.init(weights), weights)
+        states = [state, hpccomm.snapshot(state)]
+        for number in range(1, 4):
+            counting.inter_node.bytes, gradient = 0, gradient_of(300, comm.rank, number)
+            wanted, states[0] = flat.update(gradient, states[0], weights)
+            found, states[1] = node.update(gradient, states[1], weights)
+            assert found.tobytes() == wanted.tobytes()
+            assert states[0].residual.tobytes() == states[1].residual.tobytes()
+            sent = 16 + states[1].longest + 32 * states[1].headers.shape[0] + 8 * states[1].headers.shape[0]
+            assert counting.inter_node.bytes <= max(sent, 8 + states[1].room)
+        assert hpccomm.report(states[1]).messages.path == "node"
+
+    run_on_ranks(len(nodes), body, nodes=nodes)
 
 
 # One message a node

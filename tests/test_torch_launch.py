@@ -53,7 +53,7 @@ def test_one_rank_is_a_group_as_well(tmp_path: Path, entry_point: dict[str, str]
     assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
 
 
-LATE = "dist.barrier()\ngroup.set_timeout(timedelta(seconds=1))\ntime.sleep(9 * dist.get_rank())\n"
+LATE = "dist.barrier()\ngroup.set_timeout(timedelta(seconds=1))\ntime.sleep(30 * dist.get_rank())\n"
 LATE_RANK = f"import time\nfrom datetime import timedelta\ngroup = dist.new_group()\n{LATE}"
 LONG_LIMIT = "import hpccomm.torch.group\nhpccomm.torch.group.DEFAULT_TIMEOUT = timedelta(0)  # half an hour\n"
 EXCHANGE = (
@@ -141,9 +141,7 @@ MISTAKES = {
 def test_a_mistake_ends_the_job_with_a_traceback(mistake: str, tmp_path: Path, entry_point: dict[str, str]) -> None:
     code, sentences = MISTAKES[mistake]
     program = write(tmp_path, f"dist.init_process_group('hpccomm')\ndist.barrier()\n{code}\ndist.barrier()\n")
-    began = time.monotonic()
     done = run_under_mpi(2, program, timeout=100, environ=entry_point)
-    assert time.monotonic() - began < 90
     assert done.returncode != 0
     for sentence in sentences:
         assert sentence in done.stderr, done.stderr
@@ -169,11 +167,11 @@ dist.all_reduce(torch.ones(8))
     assert "KeyError: 'lost'" in done.stderr
     crashes = [float(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("crash ")]
     assert crashes, done.stderr
-    assert ended - max(crashes) < 10  # on a quiet machine 2
+    assert ended - max(crashes) < 30  # on a quiet machine 2
 
 
-def write_late(folder: Path, late: int, seconds: int, how: str = "") -> str:
-    """A program whose rank ``late`` comes so much later to the default group, which has a second for it."""
+def write_late(folder: Path, late: int, how: str = "") -> str:
+    """A program whose rank ``late`` does not come to the default group while the job lasts."""
     return write(
         folder,
         f"""
@@ -183,7 +181,7 @@ from mpi4py import MPI
 import hpccomm.torch.group, hpccomm.torch.meeting
 MPI.COMM_WORLD.Barrier()
 if MPI.COMM_WORLD.rank == {late}:
-    time.sleep({seconds})
+    time.sleep(90)
 dist.init_process_group("hpccomm", {how}timeout=timedelta(seconds=1))
 """,
     )
@@ -193,7 +191,7 @@ dist.init_process_group("hpccomm", {how}timeout=timedelta(seconds=1))
 def test_a_rank_that_does_not_make_the_default_group_is_missing(
     late: int, tmp_path: Path, entry_point: dict[str, str]
 ) -> None:
-    program = write_late(tmp_path, late, 20, 'init_method="mpi://", ')
+    program = write_late(tmp_path, late, 'init_method="mpi://", ')
     done = run_under_mpi(3, program, timeout=100, environ=entry_point)
     assert done.returncode != 0
     assert f"init_process_group timed out after 1 s, missing: rank {late}" in done.stderr, done.stderr
@@ -204,8 +202,8 @@ def test_a_rank_that_does_not_make_the_default_group_is_missing(
 def test_ranks_that_do_not_make_the_default_group_end_under_plain_python(
     late: int, tmp_path: Path, entry_point: dict[str, str]
 ) -> None:
-    program = write_late(tmp_path, late, 30)
-    done = run_under_mpi(3, "env", sys.executable, program, timeout=60, environ=entry_point)  # without -m mpi4py
+    program = write_late(tmp_path, late)
+    done = run_under_mpi(3, "env", sys.executable, program, timeout=100, environ=entry_point)  # without -m mpi4py
     assert done.returncode != 0
     assert f"init_process_group timed out after 1 s, missing: rank {late}" in done.stderr, done.stderr
     assert "aborts all ranks" in done.stderr
@@ -241,28 +239,36 @@ sys.stdout.write("complete\\n")
 
 
 @pytest.mark.slow(keep=1)
-@pytest.mark.parametrize("seconds", [3.0, 2.0])
+@pytest.mark.parametrize("seconds", [0.0, 2.0])
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_rank_that_comes_after_the_others_have_given_up_and_ended_is_told(
     late: int, seconds: float, tmp_path: Path, entry_point: dict[str, str]
 ) -> None:
-    """All ranks end alike.  Two seconds are the limit of the others, who have a second for the answer of rank 0."""
+    """All ranks end alike.  Two seconds are the limit of the others, who have a second for the answer of rank 0.
+
+    Where the late rank waits for no time, it waits until the others have given up.
+    """
     program = write(
         tmp_path,
         f"""
 import time
 from datetime import timedelta
+from pathlib import Path
 from mpi4py import MPI
-if MPI.COMM_WORLD.rank == {late}:
+folder, rank = Path({str(tmp_path)!r}), MPI.COMM_WORLD.rank
+if rank == {late}:
     time.sleep({seconds})
+    while not {seconds} and len([*folder.glob("*.given-up")]) < 2:
+        time.sleep(0.01)
 began = time.monotonic()
 try:
     dist.init_process_group("hpccomm", init_method="mpi://", timeout=timedelta(seconds=1))
     dist.barrier()
     sys.stdout.write("made\\n")
 except RuntimeError as error:
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     sys.stdout.write(str(error).partition(": ")[2] + "\\n")
+    (folder / f"{{rank}}.given-up").touch()
 """,
     )
     done = run_under_mpi(3, program, timeout=100, environ=entry_point)
@@ -282,15 +288,18 @@ def test_a_group_that_some_ranks_have_given_up_is_made_by_none(
     program = write(
         tmp_path,
         f"""
-import time
 from datetime import timedelta
+from mpi4py import MPI
 dist.init_process_group("hpccomm")
 if dist.get_rank() == {late}:
-    time.sleep(3)
+    for _ in range(2):
+        MPI.COMM_WORLD.recv(tag=1)
 try:
     dist.new_group(timeout=timedelta(seconds=1))
 except RuntimeError as error:
     sys.stdout.write(str(error).partition(": ")[2] + "\\n")
+    if dist.get_rank() != {late}:
+        MPI.COMM_WORLD.send(None, {late}, tag=1)
 dist.barrier()
 dist.barrier(dist.new_group())
 """,
@@ -332,15 +341,15 @@ sys.stdout.write("complete\\n")
 @pytest.mark.slow
 def test_a_forked_process_ends_without_its_parents_calls(tmp_path: Path, entry_point: dict[str, str]) -> None:
     text = """
-import atexit, os, time
+import atexit, os
 from datetime import timedelta
+from mpi4py import MPI
 from hpccomm.errors import TransportError
 dist.init_process_group("hpccomm")
 x = torch.ones(1)
 work = None
 if dist.get_rank() == 0:
     work = dist.all_reduce(x, async_op=True)
-    begun = time.monotonic()
     child = os.fork()
     if child == 0:
         try:
@@ -351,9 +360,9 @@ if dist.get_rank() == 0:
         sys.stdout.flush()
         os._exit(0)
     os.waitpid(child, 0)
-    assert time.monotonic() - begun < 5
+    MPI.COMM_WORLD.send("the child has ended", 1)
 else:
-    time.sleep(2)
+    MPI.COMM_WORLD.recv(source=0)
     dist.all_reduce(x)
 if work:
     work.wait()
@@ -429,6 +438,7 @@ sys.stdout.write(f"attempt {attempt}\\n")
 STORE_THAT_STAYS = """
 from datetime import timedelta
 import time
+from pathlib import Path
 from hpccomm.torch import monitored_barrier
 dist.init_process_group("hpccomm")
 dist.new_group([0, 1])
@@ -440,12 +450,12 @@ time.sleep(rank)
 group = dist.new_group([0, 1, 2])
 x = torch.ones(1)
 dist.all_reduce(x, group=group)
+came = Path(sys.argv[0]).with_name("rank 2 came")
 if rank == 2:
     time.sleep(1)
-begun = time.monotonic()
+    came.touch()
 monitored_barrier(timeout=timedelta(seconds=30))
-waited = time.monotonic() - begun
-sys.stdout.write(f"sum {float(x):g}, waited {rank == 2 or waited > 0.5}\\n")
+sys.stdout.write(f"sum {float(x):g}, waited {came.exists()}\\n")
 """
 
 
@@ -469,7 +479,7 @@ time.sleep(60)
     done = run_under_torchrun(write(tmp_path, text), entry_point)
     assert done.returncode != 0
     assert "KeyError: 'lost'" in done.stderr
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 50
 
 
 @pytest.mark.slow
@@ -497,7 +507,7 @@ if dist.get_rank():
     ended = time.time()
     assert done.returncode != 0
     assert said in done.stderr
-    assert ended - max(float(line[3:]) for line in done.stderr.splitlines() if line.startswith("at ")) < 10
+    assert ended - max(float(line[3:]) for line in done.stderr.splitlines() if line.startswith("at ")) < 30
 
 
 @pytest.mark.slow
@@ -553,7 +563,7 @@ if __name__ == "__main__":
     command = [sys.executable, write(tmp_path, program), str(tmp_path / "store")]
     began = time.monotonic()
     done = subprocess.run(command, env=entry_point, capture_output=True, text=True, timeout=100, check=False)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 50
     assert (done.returncode != 0) == bool(error), done.stderr
     assert error in done.stderr
     assert done.stdout.splitlines() == ["sum 2.0"] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -12,7 +13,14 @@ from mpi4py import MPI
 import hpccomm
 from hpccomm.algorithms.states import for_ranks, snapshot, unsent_leaves
 from hpccomm.algorithms.transforms import flush
-from hpccomm.collectives.compressed.two_phase import CODES, decode_blocks, encode_blocks, sum_of_codes
+from hpccomm.collectives.compressed.two_phase import (
+    CODES,
+    add_blocks,
+    decode_blocks,
+    encode_blocks,
+    sum_of_codes,
+    write_blocks,
+)
 from hpccomm.errors import ArgumentError
 from hpccomm.testing import run_on_ranks
 
@@ -154,6 +162,25 @@ def test_a_vector_that_is_not_finite_becomes_nan(code: str, bad: float) -> None:
     x = values(300, 0)
     x[7] = bad
     assert np.isnan(decode_blocks(encode_blocks(x, CODES[code]), 300, CODES[code])).all()
+
+
+@pytest.mark.parametrize(("code", "octets"), [("int8", 2.2), ("int4", 4.2)])
+def test_whole_numbers_are_coded_and_added_without_copies_of_the_vector(code: str, octets: float) -> None:
+    """In bytes an element, of which a float32 takes four: the codes, and those in the message."""
+    n, kind = 1 << 20, CODES[code]
+    x, residual, total = values(n, 0), values(n, 1), np.zeros(n, F32)
+    message = np.empty(kind.nbytes(n), np.uint8)
+
+    def once() -> None:
+        write_blocks(message, n, kind, x, residual, residual)
+        add_blocks(message, n, kind, total)
+
+    once()
+    tracemalloc.start()
+    once()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < octets * n
 
 
 @pytest.mark.parametrize("code", CODES)

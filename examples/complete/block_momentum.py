@@ -15,7 +15,7 @@ inputs = rng.standard_normal((4000, 50))
 targets = inputs @ truth + 0.01 * rng.standard_normal(4000)
 
 local = hpccomm.chain(hpccomm.momentum(0.9), hpccomm.scale(-0.01))  # what a rank does alone, with the rate of one rank
-method = hpccomm.bmuf(comm, local, period=10, warmup=20)
+method = hpccomm.bmuf(comm, local, period=20, warmup=20)
 
 weights = hpccomm.broadcast(np.zeros(50), comm=comm)  # all ranks start from the same weights
 state = method.init(weights)

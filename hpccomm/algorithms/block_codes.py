@@ -19,12 +19,13 @@ import numpy as np
 
 from hpccomm.algorithms.agreement import as_communicator
 from hpccomm.algorithms.compression.format import check_flat
-from hpccomm.algorithms.error_feedback import LARGEST_SUM, all_ranks_true, largest
+from hpccomm.algorithms.error_feedback import LARGEST_SUM, all_ranks_true
 from hpccomm.algorithms.exchange import allreduce_bytes, exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import GroupSize, ShardedVector, Unsent
 from hpccomm.algorithms.transforms import ResidualTransform, Transform, Vector, check_choice, check_shape
 from hpccomm.collectives.compressed.two_phase import CODES, mean_by_nodes
+from hpccomm.kernels.dispatch import kernels
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -80,8 +81,7 @@ def block_mean(
             check_shape("block_mean", state.residual, weights)
         began = time.perf_counter()
         check_flat(gradient, "block_mean")
-        with np.errstate(over="ignore", invalid="ignore"):
-            peak = largest(gradient + state.residual if feedback else gradient)
+        peak = kernels().largest_of_sum(gradient, state.residual if feedback else None)
         fine = peak * comm.size < LARGEST_SUM
         asked = allreduce_bytes(1, comm.size)
         if not all_ranks_true(comm, fine):

@@ -20,8 +20,6 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
@@ -45,10 +43,12 @@ from hpccomm.algorithms.message_paths import (
     DENSE,
     EXCHANGES,
     LEADERS,
+    NODE,
     PATHS,
     TRY_AGAIN,
     choose_path,
     elements_in,
+    forwards_messages,
 )
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import GroupSize, LocalVector, Scratch, Unsent
@@ -61,8 +61,10 @@ from hpccomm.algorithms.transforms import (
     check_shape,
     require,
 )
-from hpccomm.collectives.compressed.messages import MessageGather, demand_whole
+from hpccomm.collectives.compressed.messages import MessageGather, NodeGather, join_messages, split_messages
+from hpccomm.collectives.compressed.prices import place_of
 from hpccomm.collectives.compressed.sparse import hierarchical_allreduce
+from hpccomm.context import Once
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 
@@ -139,7 +141,7 @@ def feedback(
     Compressors that round at random draw other numbers on every rank.
 
     ``exchange``: a path of :mod:`hpccomm.algorithms.message_paths`, ``"allgather"``, ``"node"``, ``"split"``,
-    ``"recursive_doubling"``, ``"ok_topk"``, ``"leaders"`` or ``"dense"``.  ``"auto"`` adds inside nodes where several
+    ``"recursive_doubling"``, ``"ok_topk"``, ``"leaders"`` or ``"dense"``.  ``"auto"`` takes ``"node"`` where several
     ranks of a node exchange with other nodes, else gathers; from the second step of long vectors on it takes the path
     of the least price, but for ``"ok_topk"`` (:mod:`hpccomm.collectives.compressed.prices`).  With ``"leaders"`` a
     node sends the message of one rank: its ranks' gradients and residuals are added first, in the units of their mean.
@@ -190,7 +192,12 @@ class FeedbackExchange:
         self.whole_paths = {DENSE: self.send_all, LEADERS: self.send_by_leaders}
         """The paths on which a rank hands out all that it has."""
 
-    @cached_property
+    @Once
+    def by_nodes(self) -> MessageGather | NodeGather:
+        """Gathers the messages of all ranks between the nodes, and then in them, where there are both."""
+        return NodeGather(self.comm) if place_of(self.comm).has_nodes else self.everyone
+
+    @Once
     def between_nodes(self) -> MessageGather:
         """Gathers the messages of the nodes' first ranks."""
         comm: Any = self.comm
@@ -232,10 +239,11 @@ class FeedbackExchange:
         if whole:
             return whole(gradient, state, began, asked) if fine else self.skip(gradient, state, began, asked)
         messages = self.encode(gradient, state) if fine else None
-        if path != ALLGATHER:
+        gather = self.gather_of(path, gradient, state)
+        if gather is None:
             return self.add_messages(path, messages, gradient, state, began, asked)
-        self.everyone.set_room(state.room)
-        received, nbytes = exchange_messages(self.everyone, messages)
+        gather.set_room(state.room)
+        received, nbytes = exchange_messages(gather, messages)
         nbytes += asked
         if received is None:
             return self.skip(gradient, state, began, nbytes)
@@ -248,8 +256,8 @@ class FeedbackExchange:
             headers=headers_of(received[self.comm.rank]),
             steps=state.steps + 1,
             report=state.report.add(cost),
-            room=self.everyone.room,
-            path=EXCHANGES.index(ALLGATHER),
+            room=gather.room,
+            path=EXCHANGES.index(path),
             longest=max(sum(each.size - HEADER_BYTES for each in mine) for mine in received),
         )
         return total, after
@@ -269,9 +277,17 @@ class FeedbackExchange:
         if self.compressor.agree is not None:
             return ALLGATHER
         tries = EXCHANGES[state.path] == DENSE and state.steps % TRY_AGAIN == 0
-        longest = 0 if tries else state.longest
-        elements = elements_in(longest, self.compressor.kinds, gradient.size)
-        return choose_path(self.comm, gradient.size, longest, elements)
+        return choose_path(self.comm, gradient.size, *self.length_of(state, gradient) if not tries else (0, 0))
+
+    def length_of(self, state: FeedbackState, gradient: Vector) -> tuple[int, int]:
+        """The bytes of the longest message of all ranks when messages were last sent, and about its elements."""
+        return state.longest, elements_in(state.longest, self.compressor.kinds, gradient.size)
+
+    def gather_of(self, path: str, gradient: Vector, state: FeedbackState) -> MessageGather | NodeGather | None:
+        """What gathers the messages of all ranks; None where they are added on the way."""
+        if path == NODE and forwards_messages(self.comm, gradient.size, *self.length_of(state, gradient)):
+            return self.by_nodes
+        return self.everyone if path == ALLGATHER else None
 
     def skip(self, gradient: Vector, state: FeedbackState, began: float, nbytes: int) -> tuple[Vector, FeedbackState]:
         """A step of zero."""
@@ -556,25 +572,12 @@ def check_agreement(comm: MPI.Intracomm, fine: bool, name: str, length: int = 0)
 
 
 def exchange_messages(
-    everyone: MessageGather, messages: Sequence[Message] | None
+    everyone: MessageGather | NodeGather, messages: Sequence[Message] | None
 ) -> tuple[list[list[Message]] | None, int]:
     """The messages of all ranks, the same number from each, and the bytes that this rank sends (collective).
 
     If any rank passes ``None`` (it has no messages), all ranks get ``None``.
     """
-    packed = np.empty(0, np.uint8)
-    if messages is not None:
-        lengths = np.array([len(messages), *(each.size for each in messages)], "<u8")
-        packed = np.concatenate([lengths.view(np.uint8), *messages])
-    received, nbytes = everyone.gather(packed) if everyone.comm.size > 1 else ([packed], 0)
-    return (None if any(not each.size for each in received) else [unpack_messages(each) for each in received]), nbytes
-
-
-def unpack_messages(packed: Message) -> list[Message]:
-    """The messages in an array of bytes that holds their number, their lengths, and then the messages."""
-    number = int(packed[:8].view("<u8")[0]) if packed.size >= 8 else packed.size
-    first = 8 * (number + 1)
-    demand_whole(first <= packed.size, f"{packed.size} bytes for {number} messages")
-    ends = list(accumulate(packed[8:first].view("<u8").tolist(), initial=first))
-    demand_whole(ends[-1] == packed.size, f"{packed.size} bytes for messages of {ends[-1]}")
-    return [packed[lo:hi] for lo, hi in pairwise(ends)]
+    packed = np.empty(0, np.uint8) if messages is None else join_messages(messages)
+    received, nbytes = everyone.gather(packed) if everyone.size > 1 else ([packed], 0)
+    return (None if any(not each.size for each in received) else [split_messages(each) for each in received]), nbytes

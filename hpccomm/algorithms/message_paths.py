@@ -7,7 +7,9 @@ messages, in other orders; they differ in bytes and in rounds (:mod:`hpccomm.col
 path                 what happens
 ===================  ===========================================================================================
 allgather            every rank receives all messages
-node                 the ranks of a node add theirs in shared memory, the nodes' first ranks exchange the sums
+node                 ranks of the same place on their nodes exchange theirs, and the nodes share them in memory;
+                     where sums are priced lower, where nodes are uneven, and as long as lengths are not known, the
+                     ranks of a node add theirs, and the nodes' first ranks exchange the sums
 split                each rank adds one block of the vector, all receive the blocks
 recursive_doubling   sums of two ranks, of four, … travel
 ok_topk              as split, of which the k largest sums travel; a rank keeps what was left out
@@ -87,6 +89,14 @@ EXCHANGES = (AUTO, ALLGATHER, DENSE, *PATHS, LEADERS)
 def choose_path(comm: Any, n: int, nbytes: int, elements: int) -> str:
     """The path of the next step by its price; ``nbytes`` and ``elements`` of the longest message, 0 if not known."""
     return prices.choose_by_price(n, elements, nbytes, place_of(comm))
+
+
+def forwards_messages(comm: Any, n: int, nbytes: int, elements: int) -> bool:
+    """Whether the path ``node`` passes such messages on, or adds them inside the nodes."""
+    place = place_of(comm)
+    if not place.has_nodes:
+        return True
+    return bool(nbytes) and prices.cheapest(prices.node_phases(n, elements, nbytes, place), place) == prices.FORWARD
 
 
 def elements_in(nbytes: int, kinds: frozenset[Kind], n: int) -> int:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,8 @@ from hpccomm.kernels.dispatch import kernels
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+S = TypeVar("S", "OneBitAdamState", "OneBitLambState")
+
 
 def onebit_sgd(comm: MPI.Intracomm, bucket: Bucket | None = None) -> Transform:
     """The mean of the ranks' signs, each tensor of ``bucket`` with two scales of its own, or the vector with two."""
@@ -78,9 +80,13 @@ def with_bucket(exchange: FeedbackTransform, bucket: Bucket | None) -> FeedbackT
     return made
 
 
-def check_step(who: str, gradient: Vector, state: OneBitAdamState | OneBitLambState, weights: Vector) -> None:
-    """Raise unless gradient, state and weights are alike."""
+def begin_step(who: str, comm: Any, gradient: Vector, state: S, weights: Vector) -> tuple[bool, S]:
+    """Check a step and ask all ranks whether they can make it: whether they can, and the state with its report."""
     check_shape(who, state.mean, weights)
+    fine = largest(check_flat(gradient, who, True)) < LARGEST_ROOT
+    state = state._replace(report=state.report.add(ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))))
+    made = all_ranks_true(comm, fine)
+    return made, state if made else state._replace(skipped=state.skipped + 1)
 
 
 def tensor_slices(bucket: Bucket | None) -> list[slice] | None:
@@ -157,13 +163,10 @@ def onebit_adam(
         )
 
     def update(gradient: Vector, state: OneBitAdamState, weights: Vector) -> tuple[Vector, OneBitAdamState]:
-        check_step("onebit_adam", gradient, state, weights)
         began = time.perf_counter()
-        fine = largest(check_flat(gradient, "onebit_adam", True)) < LARGEST_ROOT
-        asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
-        state = state._replace(report=state.report.add(asked))
-        if not all_ranks_true(comm, fine):
-            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
+        made, state = begin_step("onebit_adam", comm, gradient, state, weights)
+        if not made:
+            return np.zeros_like(gradient), state
         one, two = np.float32(1 - b1), np.float32(1 - b2)
         if state.steps < freeze_step:
             mean, nbytes = allreduce_mean(comm, gradient)
@@ -181,8 +184,7 @@ def onebit_adam(
             variance = state.variance
             state = state._replace(scale=found.scale)
         rate = lr(state.steps) if callable(lr) else lr
-        still = variance == 0
-        step = np.where(still, np.float32(0), moment / np.where(still, 1, np.sqrt(variance) + np.float32(eps)))
+        step = divide_by_root(moment, variance, eps)
         if weight_decay:
             step += np.float32(weight_decay) * weights
         report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes))
@@ -287,13 +289,10 @@ def onebit_lamb(
         return OneBitLambState(0, m, v, fresh, ones, ones, scales, worker, server, 0.0, 0, ExchangeReport(), comm.size)
 
     def update(gradient: Vector, state: OneBitLambState, weights: Vector) -> tuple[Vector, OneBitLambState]:
-        check_step("onebit_lamb", gradient, state, weights)
         began = time.perf_counter()
-        fine = largest(check_flat(gradient, "onebit_lamb", True)) < LARGEST_ROOT
-        asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
-        state = state._replace(report=state.report.add(asked))
-        if not all_ranks_true(comm, fine):
-            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
+        made, state = begin_step("onebit_lamb", comm, gradient, state, weights)
+        if not made:
+            return np.zeros_like(gradient), state
         state, direction, rates, nbytes = (step_dense if state.steps < freeze_step else step_onebit)(
             gradient, state, weights
         )
@@ -330,14 +329,20 @@ def onebit_lamb(
         return state, direction, state.ratios * factors, found.bytes_sent
 
     def direction_of(moment: Vector, variance: Vector, weights: Vector) -> Vector:
-        """u; 0 where the variance is 0."""
-        still = variance == 0
-        u: Vector = np.where(still, np.float32(0), moment / np.where(still, 1, np.sqrt(variance) + np.float32(eps)))
+        """u, without the first term where the variance is 0."""
+        u = divide_by_root(moment, variance, eps)
         for place, decay in zip(places, decays, strict=True):
             u[place] += decay * weights[place]
         return u
 
     return Transform(init, update, bucket, comm=comm, needs_whole="onebit_lamb")
+
+
+def divide_by_root(moment: Vector, variance: Vector, eps: float) -> Vector:
+    """m/(√v + ε); 0 where the variance is 0."""
+    still = variance == 0
+    quotient: Vector = np.where(still, np.float32(0), moment / np.where(still, 1, np.sqrt(variance) + np.float32(eps)))
+    return quotient
 
 
 LambParts = tuple[OneBitLambState, Vector, npt.NDArray[np.float64], int]

@@ -42,6 +42,7 @@ import weakref
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -250,23 +251,21 @@ class SharedMemory:
             self.allocations[place] = (*ends, each.number, each.alive.ctypes.data, each.copies, each.stride)
         self.allocation_count[0] = len(known)
 
-    def view(self, address: int, nbytes: int) -> tuple[SharedSegment, int, list[Any]] | None:
+    def view(
+        self, address: int, nbytes: int, run_together: Callable[[Callable[[], None]], None] = lambda body: body()
+    ) -> tuple[SharedSegment, int, list[Any]] | None:
         """Memory for one result that all ranks share, of calls on a registered array (collective); else ``None``.
 
         Returns the segment, the offset in it for the result of this part of the array, and the list of plans whose
-        ``result`` ends with the array.
+        ``result`` ends with the array.  ``run_together`` runs what sends messages, at the first call on the array.
         """
         allocation = self._allocation((address, nbytes))
         if allocation is None:
             return None
         if allocation.result is None:
-            allocation.result = SharedSegment(self._node, allocation.stride)
+            run_together(partial(allocation.make_result, self._node))
+        assert allocation.result is not None
         return allocation.result, address - allocation.mine, allocation.plans
-
-    def lacks_view(self, address: int, nbytes: int) -> bool:
-        """Whether :meth:`view` would make that memory, with messages: the same on all ranks that make the same call."""
-        allocation = self._allocation((address, nbytes))
-        return allocation is not None and allocation.result is None
 
     def allocation_number(self, address: int, nbytes: int) -> int:
         """The number of the allocation that contains this rank's bytes from an address on; 0 if there is none."""
@@ -857,6 +856,10 @@ class Allocation:
         """The plans that keep views of it."""
         self.alive = np.ones(1, np.int64)
         """Zero when the arrays are gone: another array may then have their address."""
+
+    def make_result(self, node: Any) -> None:
+        """Make the memory for one shared result (collective)."""
+        self.result = SharedSegment(node, self.stride)
 
 
 def copy_plan(to: int, source: int, nbytes: int, *held: Any) -> Plan:

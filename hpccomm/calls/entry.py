@@ -584,6 +584,7 @@ def python_addresses() -> dict[str, int]:
         "answers": ANSWERS.ctypes.data,
         "counts_references": int(sys.version_info < (3, 12)),
         "item_size": item_size_offset(),
+        "tuple_items": tuple_items_offset(),
     }
 
 
@@ -594,6 +595,11 @@ ANSWERS = np.array([id(number) for number in range(MAX_RANKS)])
 def item_size_offset() -> int:
     """Where a dtype object has the bytes of its elements: NumPy 2 has moved it."""
     return 40 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
+
+
+def tuple_items_offset() -> int:
+    """Where a tuple has its items: since Python 3.14 its hash stands before them."""
+    return 32 if sys.version_info >= (3, 14) else 24
 
 
 def why_no_entry(ranks: int) -> str:
@@ -641,5 +647,5 @@ def reads_objects() -> bool:
         and load(id(void) + records.DTYPE_KIND) & 0xFF == records.VOID_KIND
         and load(load(id(pair) + records.LIST_ITEMS)) == id(array)
         and [load(id(pair) + records.SEQUENCE_LENGTH), load(id(row) + records.SEQUENCE_LENGTH)] == [2, 3]
-        and load(id(row) + records.TUPLE_ITEMS) == id(array)
+        and load(id(row) + tuple_items_offset()) == id(array)
     )

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ from hpccomm.observe.flight_recorder import (
     clock,
     find_ranks,
     open_ring,
+    read_ranks,
     recorder,
 )
 from hpccomm.performance.units import format_ranges
@@ -600,19 +601,11 @@ os.register_at_fork(after_in_child=forget_watchdog)
 def list_waiting(seconds: float) -> str:
     """A line for each rank of this node that is in a call, and where; takes at most so many seconds."""
     pids = {pid for group in list(_watchdog.groups.values()) for pid in group.processes.values()} - {os.getpid()}
-    inquiry, until = Inquiry(dict(enumerate_ranks(pids)), 0), time.monotonic() + seconds
+    inquiry, until = Inquiry({rank: pid for pid, rank, _ in read_ranks(pids)}, 0), time.monotonic() + seconds
     while not inquiry.collect(time.monotonic() > until):
         time.sleep(QUICK)
     waiting = {rank: each for rank, each in inquiry.states.items() if each.waits}
     return "".join(f"{line}\n" for line in list_states(waiting, lambda state: False))
-
-
-def enumerate_ranks(pids: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """The rank of each process that has a recorder."""
-    for pid in pids:
-        with open_ring(pid) as ring:
-            if ring is not None:
-                yield int(ring.head["rank"][0]), pid
 
 
 def end_orphan(reason: str) -> None:

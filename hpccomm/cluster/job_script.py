@@ -166,6 +166,7 @@ def binding(a: Answers) -> list[str]:
     inner = "; ".join([f"local={LOCAL_RANK}", *settings, 'exec "$@"'])
     return [
         "# each rank sees its own GPU and the network device beside it",
+        "# shellcheck disable=SC2016 # the ranks expand it",
         f"bind=(bash -c {shlex.quote(inner)} rank)",
     ]
 

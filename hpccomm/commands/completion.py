@@ -10,6 +10,7 @@ import argparse
 BASH = """_hpccomm() {
     local IFS=$'\\n'
     local words=("${COMP_WORDS[@]:1:COMP_CWORD}")
+    # shellcheck disable=SC2207 # zsh has no mapfile
     COMPREPLY=($(hpccomm completion --words "${words[@]/#/+}" 2>/dev/null))
     [ -n "${COMPREPLY[*]}" ] || compopt -o default
 }

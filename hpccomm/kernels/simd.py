@@ -132,6 +132,7 @@ def make_overload(instructions: dict[Vector, str]) -> Callable[..., Any]:
 for _operator, _instruction in ((operator.add, "add"), (operator.sub, "sub"), (operator.mul, "mul")):
     _floats = dict.fromkeys((float32x16, float64x8), f"f{_instruction}")
     overload(_operator)(make_overload({**_floats, uint32x16: _instruction}))
+overload(operator.truediv)(make_overload({float32x16: "fdiv"}))
 overload(operator.xor)(make_overload({uint32x16: "xor"}))
 
 
@@ -249,10 +250,29 @@ def least_word(builder, a, b):
     return builder.select(builder.icmp_unsigned("<", a, b), a, b)
 
 
+@instruction(uint32x16, uint32x16, uint32x16)
+def greatest_word(builder, a, b):
+    """The greater of two integers in each lane."""
+    return builder.select(builder.icmp_unsigned(">", a, b), a, b)
+
+
+@instruction(types.uint32, uint32x16)
+def reduce_greatest(builder, value):
+    """The greatest integer of all lanes."""
+    return builder.call(external(builder, "llvm.vector.reduce.umax.v16i32", I32, [INTEGERS]), [value])
+
+
 @instruction(float32x16, uint32x16)
 def to_floats(builder, value):
-    """Integers below 2³¹ as floats."""
+    """Integers from -2³¹ to 2³¹ - 1 as floats."""
     return builder.sitofp(value, SINGLES)
+
+
+@instruction(uint32x16, float32x16)
+def round_nearest(builder, value):
+    """Floats above -2³¹ and below 2³¹ as integers, ties to even."""
+    whole = builder.call(external(builder, "llvm.rint.v16f32", SINGLES, [SINGLES]), [value])
+    return builder.fptosi(whole, INTEGERS)
 
 
 @instruction(uint32x16, float32x16)

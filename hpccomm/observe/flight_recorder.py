@@ -444,16 +444,22 @@ def find_ranks(pid: int, launcher: int = -1) -> tuple[dict[int, int], int]:
     """
     parents = {int(each.name): find_process(int(each.name)).parent for each in Path("/proc").glob("[0-9]*")}
     root = (list(find_launchers(pid)) or [pid])[launcher]
-    found, size = dict[int, int](), 0
+    members = []
     for each in parents:
         above = each
         while above != root and above in parents and above > 1:
             above = parents[above]
-        if above == root:
-            with open_ring(each) as ring:
-                if ring is not None and ring.head["rank"][0] >= 0:
-                    found[int(ring.head["rank"][0])], size = each, int(ring.head["size"][0])
-    return found, size
+        members += [each] if above == root else []
+    found = list(read_ranks(members))
+    return {rank: each for each, rank, _ in found}, found[-1][2] if found else 0
+
+
+def read_ranks(pids: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    """Of the processes that are ranks: the process, its rank, and the ranks of its job."""
+    for pid in pids:
+        with open_ring(pid) as ring:
+            if ring is not None and ring.head["rank"][0] >= 0:
+                yield pid, int(ring.head["rank"][0]), int(ring.head["size"][0])
 
 
 class State(NamedTuple):

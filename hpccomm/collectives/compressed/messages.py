@@ -12,6 +12,7 @@ and point-to-point messages, spelled as in mpi4py.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -235,6 +236,11 @@ class MessageGather:
         self.set_room(room_after(longest, room))
         return found, nbytes
 
+    @property
+    def size(self) -> int:
+        """The number of messages."""
+        return self.comm.size
+
     def allocate(self) -> tuple[Octets, Octets]:
         """Allocate the arrays of the first call."""
         size = UNIT + self.room
@@ -257,6 +263,51 @@ def room_after(longest: int, room: int) -> int:
     step = max(UNIT, 1 << max(0, wanted.bit_length() - 4))
     needed = -(-wanted // step) * step if longest <= SHORT_ROOM else 0
     return needed if longest > room or needed < room // 2 else room
+
+
+class NodeGather:
+    """As :class:`MessageGather` on nodes of k ranks each: N messages between the nodes, then all of them in the nodes.
+
+    A rank exchanges with the ranks of its local rank on other nodes.  All messages enter a node once, in N - 1 or
+    log₂N rounds instead of p - 1 or log₂p.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self.size, layout = comm.size, comm.layout
+        self.between, self.inside = MessageGather(comm.inter_node), MessageGather(comm.intra_node)
+        self.order = [rank for first in layout.members(0) for rank in layout.channel(first)]
+        self.room = 0
+
+    def set_room(self, room: int) -> None:
+        """As for :class:`MessageGather`; inside a node as much as N such messages need."""
+        nodes, self.room = self.between.comm.size, room
+        self.between.set_room(room)
+        self.inside.set_room(UNIT * (nodes + 1) + nodes * room if room else 0)
+
+    def gather(self, message: Octets) -> tuple[list[Octets], int]:
+        """The messages of all ranks in rank order, and the bytes that this rank sent (collective)."""
+        channel, nbytes = self.between.gather(message)
+        bundles, more = self.inside.gather(join_messages(channel))
+        found = [each for bundle in bundles for each in split_messages(bundle)]
+        by_rank = sorted(zip(self.order, found, strict=True), key=lambda pair: pair[0])
+        self.set_room(room_after(max(each.size for each in found), self.room))  # the same in all channels
+        return [each for _, each in by_rank], nbytes + more
+
+
+def join_messages(messages: Sequence[Octets]) -> Octets:
+    """The number of messages, their lengths, and then the messages, as one message."""
+    lengths = np.array([len(messages), *(each.size for each in messages)], "<u8")
+    return np.concatenate([lengths.view(np.uint8), *messages])
+
+
+def split_messages(joined: Octets) -> list[Octets]:
+    """The inverse of :func:`join_messages`; raises for bytes that it does not return."""
+    number = int(joined[:8].view("<u8")[0]) if joined.size >= 8 else joined.size
+    first = 8 * (number + 1)
+    demand_whole(first <= joined.size, f"{joined.size} bytes for {number} messages")
+    ends = list(accumulate(joined[8:first].view("<u8").tolist(), initial=first))
+    demand_whole(ends[-1] == joined.size, f"{joined.size} bytes for messages of {ends[-1]}")
+    return [joined[lo:hi] for lo, hi in pairwise(ends)]
 
 
 def gather_messages(comm: Comm, message: Octets) -> list[Octets]:

@@ -14,9 +14,11 @@ collective      between nodes                                                ins
 ``sendrecv``    α + kmβ + mγ
 ``reduce``                                                                   ⌈log₂k⌉α + m (β + γ)
 ``bcast``                                                                    ⌈log₂k⌉α + mβ
+``pass``                                                                     mγ
 ==============  ===========================================================  ==========================================
 
-Only messages and sums of messages are priced, not selection, packing and decoding.  The closed forms agree with the
+Only messages, sums of messages and what a path does to whole vectors beside (``pass``) are priced, not selection,
+packing and decoding, which all paths have.  The closed forms agree with the
 simulation of the schedules themselves (:mod:`hpccomm.performance.cost`) within 15 % where bytes decide.
 """
 
@@ -29,8 +31,12 @@ from hpccomm.layout import ETHERNET, SHARED_MEMORY, Link
 
 LONG = 1 << 16
 """Elements from which bytes, and not rounds, decide whether messages are worth it."""
+PASSES = 3
+"""How often vectors are read or written beside a dense sum inside the nodes: before it, and the sum and its rest."""
 DENSE_FROM = 4
 """A sparse vector with n/4 or more elements is sent dense: merging would cost more than adding."""
+FORWARD = "forward"
+"""The way of the path ``node`` that adds nothing before a rank has all messages."""
 ALL, IN_NODE, BETWEEN_NODES = "all ranks", "the ranks of a node", "the first ranks of the nodes"
 
 
@@ -149,6 +155,11 @@ def price_reduce(at: Place, nbytes: float) -> Cost:
     return found._replace(us=found.us + (nbytes * at.gamma if found.rounds else 0))
 
 
+def price_pass(at: Place, nbytes: float) -> Cost:
+    """Each rank reads or writes a vector once more, which costs about as much as a sum."""
+    return Cost(nbytes * at.gamma, 0)
+
+
 COLLECTIVES: dict[str, Callable[[Place, float], Cost]] = {
     "allgather": price_allgather,
     "alltoall": price_alltoall,
@@ -156,6 +167,7 @@ COLLECTIVES: dict[str, Callable[[Place, float], Cost]] = {
     "sendrecv": price_sendrecv,
     "bcast": price_bcast,
     "reduce": price_reduce,
+    "pass": price_pass,
 }
 """``cost(place, bytes)``."""
 
@@ -227,20 +239,34 @@ def lossy_phases(k: int, place: Place) -> dict[str, list[Phase]]:
 def inside_and_between(n: float, between: Iterable[Phase]) -> list[Phase]:
     """A dense float32 sum inside the nodes, phases between their first ranks, and a broadcast inside the nodes."""
     return [
+        Phase("pass", PASSES * 4 * n, IN_NODE),
         Phase("reduce", 4 * n, IN_NODE),
         *(each._replace(level=BETWEEN_NODES) for each in between),
         Phase("bcast", 4 * n, IN_NODE),
     ]
 
 
+def node_phases(n: float, elements: float, nbytes: float, place: Place) -> dict[str, list[Phase]]:
+    """The ways of the path ``node``: even nodes may pass messages on, others add them inside the nodes."""
+    leaders = place.level(BETWEEN_NODES)
+    sums = exact_phases(n, n * density_of_sum(elements / max(n, 1), place.per_node), leaders)
+    forward = {} if place.counted else {FORWARD: [Phase("allgather", nbytes, sums=True)]}
+    return {**forward, "sum": inside_and_between(n, sums[cheapest(sums, leaders)])}
+
+
 def path_phases(n: float, elements: float, nbytes: float, place: Place) -> dict[str, list[Phase]]:
-    """The paths of :mod:`hpccomm.algorithms.message_paths` for messages of ``nbytes`` that name ``elements`` of n."""
+    """The paths of :mod:`hpccomm.algorithms.message_paths` for messages of ``nbytes`` that name ``elements`` of n.
+
+    The first of several within a tenth is taken: ``node``, which adds the same messages as ``allgather`` in the same
+    order, has fewer rounds where that takes as long in its best schedule.
+    """
     gather, exact = Phase("allgather", nbytes, sums=True), exact_phases(n, elements, place)
     found = {"allgather": [gather]}
-    leaders = place.level(BETWEEN_NODES)
     if place.has_nodes:
-        sums = exact_phases(n, n * density_of_sum(elements / max(n, 1), place.per_node), leaders)
-        found["node"] = inside_and_between(n, sums[cheapest(sums, leaders)])
+        ways = node_phases(n, elements, nbytes, place)
+        name = cheapest(ways, place)
+        node = {"node": ways[name]}
+        found = node | found if name == FORWARD else found | node
     found |= {name: exact[name] for name in ("dense", "recursive_doubling", "split")}
     if place.has_nodes:
         found["leaders"] = inside_and_between(n, [gather])

@@ -36,16 +36,20 @@ Vector = npt.NDArray[Any]
 Octets = npt.NDArray[np.uint8]
 
 
+Stored = tuple[Vector, Vector]
+"""The scales of the blocks and their elements, as stored."""
+
+
 class Code(NamedTuple):
     """How a block of float32 is stored."""
 
     block: int
     """B: elements that share a scale."""
     scale_bytes: int
-    encode: Callable[[Vector], tuple[Vector, Vector]]
-    """(k, B) finite elements -> (k, 1) scales and (k, B) elements, as stored."""
-    decode: Callable[[Vector, Vector], Vector]
-    """The inverse, float32."""
+    encode: Callable[[Vector, Vector | None, Vector | None], Stored]
+    """(x, residual, lost) of shape (n,) -> what is stored of x + residual; ``lost`` becomes what that loses."""
+    add: Callable[[Vector, Vector, Vector], None]
+    """(scales, elements, out): add the n elements of ``out`` that are stored to it."""
     scale_type: Any
     element_type: Callable[[], Any]
     bits: int = 8
@@ -53,55 +57,84 @@ class Code(NamedTuple):
 
     def nbytes(self, n: int) -> int:
         """Bytes of n elements with the scales of their blocks."""
-        return -(-n // self.block) * self.scale_bytes + -(-n * self.bits // 8)
+        return self.nbytes_of_scales(n) + -(-n * self.bits // 8)
+
+    def nbytes_of_scales(self, n: int) -> int:
+        """Bytes of the scales of n elements."""
+        return -(-n // self.block) * self.scale_bytes
 
 
-def peaks_of(blocks: Vector) -> Vector:
-    """(k, 1) largest magnitudes."""
-    found: Vector = np.abs(blocks).max(axis=1, keepdims=True, initial=0)
-    return found
+def whole_numbers(block: int, top: int) -> Code:
+    """Multiples of max/``top``; of up to 7, two in a byte, the first in its lower half."""
+    pairs = top < 8
+
+    def encode(x: Vector, residual: Vector | None, lost: Vector | None) -> Stored:
+        scales, codes = kernels().block_codes(x, residual, block, top, lost)
+        if not pairs:
+            return scales, codes
+        codes = np.append(codes, np.int8(0)) if codes.size % 2 else codes
+        return scales, (codes[0::2] & 15) | (codes[1::2] << 4)
+
+    def add(scales: Vector, stored: Vector, out: Vector) -> None:
+        if pairs:
+            stored = np.stack([stored << 4 >> 4, stored >> 4], axis=1).reshape(-1)[: out.size]
+        kernels().add_levels(stored, scales, block, 1, out)
+
+    return Code(block, 4, encode, add, np.float32, int8, bits=4 if pairs else 8)
 
 
-def scale_to(top: float, element_type: Callable[[], Any]) -> Callable[[Vector], tuple[Vector, Vector]]:
-    """Divide each block so that its largest magnitude becomes ``top``, and round to the nearest element."""
+def small_floats(
+    block: int,
+    scale_type: Any,
+    element_type: Callable[[], Any],
+    scale: Callable[[Vector], Vector],
+    shrink: Callable[[Vector, Vector], Vector],
+    grow: Callable[[Vector, Vector], Vector],
+) -> Code:
+    """Elements of ``element_type``: ``scale`` of (k, 1) peaks, ``shrink`` of (k, B) blocks by scales, its inverse."""
+
+    def encode(x: Vector, residual: Vector | None, lost: Vector | None) -> Stored:
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = x if residual is None else x + residual
+            blocks = np.zeros((-(-x.size // block), block), np.float32)
+            blocks.reshape(-1)[: x.size] = total if kernels().all_finite(total) else np.nan
+            scales = scale(np.abs(blocks).max(axis=1, keepdims=True, initial=0))
+            elements = shrink(blocks, scales).astype(element_type())
+        if lost is not None:
+            np.subtract(total, grow(elements, scales).reshape(-1)[: x.size], out=lost)
+        return scales.reshape(-1), elements.reshape(-1)[: x.size]
+
+    def add(scales: Vector, stored: Vector, out: Vector) -> None:
+        blocks = np.zeros((scales.size, block), stored.dtype)
+        blocks.reshape(-1)[: stored.size] = stored
+        out += grow(blocks, scales[:, None]).reshape(-1)[: out.size]
+
+    return Code(block, np.dtype(scale_type).itemsize, encode, add, scale_type, element_type)
+
+
+def scale_to(top: float, element_type: Callable[[], Any]) -> Code:
+    """Each block divided so that its largest magnitude becomes ``top``."""
     largest = np.nextafter(np.finfo(np.float32).max / np.float32(top), np.float32(0))  # times top it is finite
+    return small_floats(
+        256,
+        np.float32,
+        element_type,
+        lambda peaks: np.minimum(peaks / np.float32(top), largest),
+        lambda blocks, scales: np.clip(blocks / np.where(scales > 0, scales, 1), -top, top),
+        lambda elements, scales: elements.astype(np.float32) * scales,
+    )
 
-    def encode(blocks: Vector) -> tuple[Vector, Vector]:
-        scales = np.minimum(peaks_of(blocks) / np.float32(top), largest)
-        scaled = np.clip(blocks / np.where(scales > 0, scales, 1), -top, top)
-        kind = element_type()
-        return scales, (np.rint(scaled) if kind == np.int8 else scaled).astype(kind)
 
-    return encode
-
-
-def encode_microscaled(blocks: Vector) -> tuple[Vector, Vector]:
+def scale_by_powers_of_two() -> Code:
     """A power of two for each block, stored as its exponent plus 127; elements above 448 saturate."""
-    exponents = np.frexp(peaks_of(blocks))[1] - 1 - 8
-    exponents = np.clip(exponents, -127, 127)
-    scaled = np.clip(np.ldexp(blocks, -exponents), -448, 448)
-    return (exponents + 127).astype(np.uint8), scaled.astype(small_float("float8_e4m3fn"))
-
-
-def decode_microscaled(scales: Vector, elements: Vector) -> Vector:
-    """The inverse of :func:`encode_microscaled`."""
-    return np.ldexp(elements.astype(np.float32), scales.astype(np.int32) - 127)
-
-
-def multiply_back(scales: Vector, elements: Vector) -> Vector:
-    """Elements times the scale of their block."""
-    return elements.astype(np.float32) * scales
-
-
-def encode_nibbles(blocks: Vector) -> tuple[Vector, Vector]:
-    """Multiples of max/7, two in a byte, the first in its lower half."""
-    scales, elements = scale_to(7, int8)(blocks)
-    return scales, (elements[:, 0::2] & 15) | (elements[:, 1::2] << 4)
-
-
-def decode_nibbles(scales: Vector, pairs: Vector) -> Vector:
-    """The inverse of :func:`encode_nibbles`."""
-    return multiply_back(scales, np.stack([pairs << 4 >> 4, pairs >> 4], axis=2).reshape(-1, 2 * pairs.shape[1]))
+    return small_floats(
+        32,
+        np.uint8,
+        e4m3,
+        lambda peaks: (np.clip(np.frexp(peaks)[1] - 1 - 8, -127, 127) + 127).astype(np.uint8),
+        lambda blocks, scales: np.clip(np.ldexp(blocks, 127 - scales.astype(np.int32)), -448, 448),
+        lambda elements, scales: np.ldexp(elements.astype(np.float32), scales.astype(np.int32) - 127),
+    )
 
 
 def small_float(name: str) -> Any:
@@ -129,11 +162,11 @@ def int8() -> Any:
 
 
 CODES = {
-    "int8": Code(256, 4, scale_to(127, int8), multiply_back, np.float32, int8),
-    "e4m3": Code(256, 4, scale_to(448, e4m3), multiply_back, np.float32, e4m3),
-    "e5m2": Code(256, 4, scale_to(57344, e5m2), multiply_back, np.float32, e5m2),
-    "mx": Code(32, 1, encode_microscaled, decode_microscaled, np.uint8, e4m3),
-    "int4": Code(128, 4, encode_nibbles, decode_nibbles, np.float32, int8, bits=4),
+    "int8": whole_numbers(256, 127),
+    "e4m3": scale_to(448, e4m3),
+    "e5m2": scale_to(57344, e5m2),
+    "mx": scale_by_powers_of_two(),
+    "int4": whole_numbers(128, 7),
 }
 """To add a code is to add a row."""
 
@@ -143,23 +176,35 @@ def encode_blocks(vector: Vector, code: Code) -> Octets:
 
     A vector with a NaN or an infinity becomes one of NaNs.
     """
-    blocks = np.zeros((-(-vector.size // code.block), code.block), np.float32)
-    blocks.reshape(-1)[: vector.size] = vector if kernels().all_finite(vector) else np.nan
-    with np.errstate(invalid="ignore"):
-        scales, elements = code.encode(blocks)
-    octets = np.concatenate([scales.reshape(-1).view(np.uint8), elements.reshape(-1).view(np.uint8)])
-    return octets[: code.nbytes(vector.size)]
+    octets = np.empty(code.nbytes(vector.size), np.uint8)
+    write_blocks(octets, vector.size, code, vector)
+    return octets
+
+
+def write_blocks(
+    octets: Octets, n: int, code: Code, x: Vector, residual: Vector | None = None, lost: Vector | None = None
+) -> None:
+    """Write x + residual and zeros, n elements; ``lost``, which may be ``residual``, becomes what rounding loses."""
+    first = code.nbytes_of_scales(n)
+    scales, elements = (each.view(np.uint8) for each in code.encode(x, residual, lost))
+    for part, stored in ((octets[:first], scales), (octets[first:], elements)):
+        part[: stored.size] = stored
+        part[stored.size :] = 0
 
 
 def decode_blocks(octets: Octets, n: int, code: Code) -> Vector:
     """The n elements, float32."""
-    count = -(-n // code.block)
-    first = count * code.scale_bytes
-    scales = octets[:first].copy().view(code.scale_type).reshape(count, 1)
-    elements = np.zeros(count * code.block * code.bits // 8, np.uint8)
-    elements[: octets.size - first] = octets[first:]
-    stored = elements.view(code.element_type()).reshape(count, code.block * code.bits // 8)
-    return code.decode(scales, stored).reshape(-1)[:n]
+    out = np.zeros(n, np.float32)
+    add_blocks(octets, n, code, out)
+    return out
+
+
+def add_blocks(octets: Octets, n: int, code: Code, out: Vector) -> None:
+    """Add the first of the n elements to ``out``."""
+    first, count = code.nbytes_of_scales(n), -(-out.size // code.block)
+    scales = octets[:first].copy().view(code.scale_type)[:count]
+    stored = octets[first:][: -(-out.size * code.bits // 8)].view(code.element_type())
+    code.add(scales, stored, out)
 
 
 def sum_of_codes(comm: Any, rows: Vector, code: str) -> tuple[Vector, int]:
@@ -172,16 +217,16 @@ def sum_of_codes(comm: Any, rows: Vector, code: str) -> tuple[Vector, int]:
         return rows[0], 0
     kind, m = CODES[code], rows.shape[1]
     coded = np.stack([encode_blocks(row, kind) for row in rows])
-    return add_coded(comm, coded, m, kind), (comm.size - 1) * kind.nbytes(m)
+    return add_coded(comm, coded, m, kind, m), (comm.size - 1) * kind.nbytes(m)
 
 
-def add_coded(comm: Any, coded: Octets, m: int, kind: Code) -> Vector:
-    """The sum of the m elements that each rank has coded for this one in its row (collective)."""
-    arrived, total = np.empty_like(coded), np.zeros(m, np.float32)
+def add_coded(comm: Any, coded: Octets, m: int, kind: Code, size: int) -> Vector:
+    """The sum of the first ``size`` of m elements that each rank has coded for this one in its row (collective)."""
+    arrived, total = np.empty_like(coded), np.zeros(size, np.float32)
     if m:
         comm.Alltoall(coded.reshape(-1), arrived.reshape(-1))
     for row in arrived:
-        total += decode_blocks(row, m, kind)
+        add_blocks(row, m, kind, total)
     return total
 
 
@@ -204,22 +249,20 @@ def mean_of_codes(
     kind, cuts = CODES[code], even_cuts(x.size, comm.size)
     places = [slice(int(lo), int(hi)) for lo, hi in pairwise(cuts)]
     longest = max((place.stop - place.start for place in places), default=0)
-    room = np.zeros((comm.size, kind.nbytes(longest)), np.uint8)
-    total = x if worker_error is None else x + worker_error
+    room = np.empty((comm.size, kind.nbytes(longest)), np.uint8)
     for row, place in zip(room, places, strict=True):
-        row[...] = encode_blocks(pad(total[place], longest), kind)
-        if worker_error is not None:
-            worker_error[place] = total[place] - decode_blocks(row, longest, kind)[: place.stop - place.start]
+        error = None if worker_error is None else worker_error[place]
+        write_blocks(row, longest, kind, x[place], error, error)
     mine = places[comm.rank]
-    shard = add_coded(comm, room, longest, kind)[: mine.stop - mine.start] / np.float32(comm.size)
-    if server_error is not None:
-        shard += server_error
-    coded = encode_blocks(pad(shard, longest), kind)
-    if server_error is not None:
-        server_error[...] = shard - decode_blocks(coded, longest, kind)[: shard.size]
+    shard = add_coded(comm, room, longest, kind, mine.stop - mine.start)
+    shard /= np.float32(comm.size)
+    coded = np.empty(kind.nbytes(longest), np.uint8)
+    write_blocks(coded, longest, kind, shard, server_error, server_error)
     comm.Allgather(coded, room.reshape(-1))
-    mean = [decode_blocks(row, longest, kind)[: each.stop - each.start] for row, each in zip(room, places, strict=True)]
-    return CodedMean(np.concatenate(mean), 2 * (comm.size - 1) * coded.size)
+    mean = np.zeros(x.size, np.float32)
+    for row, place in zip(room, places, strict=True):
+        add_blocks(row, longest, kind, mean[place])
+    return CodedMean(mean, 2 * (comm.size - 1) * coded.size)
 
 
 def mean_by_nodes(
@@ -259,11 +302,6 @@ def put_blocks(vector: Vector, places: list[slice], values: Vector) -> None:
     for place in places:
         vector[place] = values[first : first + place.stop - place.start]
         first += place.stop - place.start
-
-
-def pad(vector: Vector, length: int) -> Vector:
-    """The vector and zeros."""
-    return np.concatenate([vector, np.zeros(length - vector.size, vector.dtype)])
 
 
 def shard_elements(n: int, size: int) -> int:

@@ -68,7 +68,6 @@ from hpccomm.kernels.entry.records import (
     STATUS,
     TABLES,
     TOKEN_BITS,
-    TUPLE_ITEMS,
     TYPE_RECORD,
     UNFINISHED,
     VOID_KIND,
@@ -449,7 +448,7 @@ def sequence_length(entry, thing):
 def sequence_items(entry, thing):
     """The address of the first item of a list or tuple."""
     is_list = load(thing + OBJECT_TYPE) == load(entry + ENTRY.list_type)
-    return load(thing + LIST_ITEMS) if is_list else thing + TUPLE_ITEMS
+    return load(thing + LIST_ITEMS) if is_list else thing + load(entry + ENTRY.tuple_items)
 
 
 def is_permanent(entry, thing):

@@ -22,7 +22,8 @@ ENTRY_RECORD = record(
         *words("array_type", "list_type", "tuple_type", "int_type", "int64_type", "int32_type", "string_type"),
         *words("none", "in_place", "answers", "counts_references"),  # answers: addresses of the small integers
         *words("as_integer", "hold", "let_go", "intern", "save_thread", "restore_thread"),  # functions of CPython
-        *words("item_size", "rank", "rank_object", "size"),  # item_size: its offset in a dtype object
+        *words("item_size", "tuple_items"),  # their offsets in a dtype object and in a tuple
+        *words("rank", "rank_object", "size"),
         *words("state", "patience"),  # of shared memory: its state record, and how long a call waits for ranks
         *words("registered", "registrations"),  # addresses of ALLOCATION_RECORDs and of their number
         *words("entries", "row_bytes", "members", "member"),  # the consistency table; 0 without one
@@ -118,7 +119,7 @@ TOKEN_BITS, CLASS_BITS, IN_PLACE_BIT = 24, 16, 8
 
 # CPython and NumPy on 64-bit machines
 
-OBJECT_TYPE, SEQUENCE_LENGTH, LIST_ITEMS, TUPLE_ITEMS = 8, 16, 24, 24
+OBJECT_TYPE, SEQUENCE_LENGTH, LIST_ITEMS = 8, 16, 24
 SCALAR_VALUE = 16
 ARRAY_DATA, ARRAY_DIMENSIONS, ARRAY_SHAPE, ARRAY_DTYPE, ARRAY_FLAGS = 16, 24, 32, 56, 64
 DTYPE_KIND = 24

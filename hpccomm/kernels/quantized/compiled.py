@@ -41,6 +41,18 @@ def range_codes(x):
     return convert(loops.range_codes, x, np.uint8, scale, upper), scale, int(upper) - 255
 
 
+def block_codes(x, residual, block, top, lost=None):
+    scales, codes = np.empty(-(-x.size // block), np.float32), np.empty(x.size, np.int8)
+    most = reference.largest_scale(top)
+    if not call(loops.block_codes, x, residual, block, top, most, scales, codes, lost, x.size):
+        return reference.codes_of_nan(scales, codes, lost)
+    return scales, codes
+
+
+def largest_of_sum(x, residual):
+    return call(loops.largest_of_sum, x, residual, x.size)
+
+
 def bucket_norms(x, bucket):
     norms = np.empty(-(-x.size // bucket), np.float32)
     call(loops.bucket_norms, x, bucket, norms, x.size)

@@ -6,7 +6,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from hpccomm.kernels.compiler import loop
-from hpccomm.kernels.intrinsics import element, float_of, set_element
+from hpccomm.kernels.intrinsics import bits, element, float_of, set_element
 from hpccomm.kernels.quantized.reference import LEAST_NORM
 from hpccomm.kernels.reductions.loops import STORAGE
 from hpccomm.kernels.simd import (
@@ -14,6 +14,7 @@ from hpccomm.kernels.simd import (
     address_of,
     floats,
     fma,
+    greatest_word,
     halves,
     hold,
     keep_words,
@@ -26,7 +27,9 @@ from hpccomm.kernels.simd import (
     negate_like,
     octets,
     one_below,
+    reduce_greatest,
     rint,
+    round_nearest,
     round_up,
     shift_left,
     shift_right,
@@ -39,7 +42,17 @@ from hpccomm.kernels.simd import (
     to_floats,
     words_of,
 )
-from hpccomm.kernels.vectors.loops import GROUP, maximum, minimum, pad_tail, round_down, sums_of
+from hpccomm.kernels.vectors.loops import (
+    GROUP,
+    advance,
+    maximum,
+    minimum,
+    pad_tail,
+    round_down,
+    sum_at,
+    sum_from,
+    sums_of,
+)
 
 F32, F64, U32 = np.float32, np.float64, np.uint32
 
@@ -157,6 +170,59 @@ def add_range(codes, scale, least, out, n):
     a, b = octets(codes), floats(out)
     for i in range(n):
         set_element(b, i, b[i] + F32((F64(element(a, i)) + least) / scale))
+
+
+# Blocks with a scale
+
+
+@register_jitable
+def peak_bits(x, residual, n):
+    """The bits of the largest magnitude; at least those of infinity where an element is not finite."""
+    end, lanes = n - n % LANES, splat_word(U32(0))
+    for i in range(0, end, LANES):
+        lanes = greatest_word(lanes, words_of(magnitude(sum_from(x, residual, i))))
+    top = reduce_greatest(lanes)
+    for i in range(end, n):
+        top = max(top, U32(bits(sum_at(x, residual, i)) & U32(0x7FFFFFFF)))
+    return top
+
+
+@register_jitable
+def code_block(x, residual, scale, top, codes, lost, n):
+    """The codes of a block, and what they lose."""
+    end, least, divisor = n - n % LANES, splat(-top), splat(scale if scale > 0 else F32(1))
+    for i in range(0, end, LANES):
+        value = sum_from(x, residual, i)
+        code = round_nearest(maximum(minimum(value / divisor, splat(top)), least))
+        store_octets(codes + i, code)
+        if lost:
+            store(lost + 4 * i, value - to_floats(code) * splat(scale))
+    for i in range(end, n):
+        value = sum_at(x, residual, i)
+        whole = np.int32(rint(max(-top, min(top, value / (scale if scale > 0 else F32(1))))))
+        signed_octets(codes)[i] = np.int8(whole)
+        if lost:
+            floats(lost)[i] = value - F32(whole) * scale
+
+
+@loop("int64(int64, int64, int64, float32, float32, int64, int64, int64, int64)")
+def block_codes(x, residual, block, top, most, scales, codes, lost, n):
+    """Two passes over each block, the second in the cache; 0 where an element is not finite."""
+    for number in range((n + block - 1) // block):
+        begin = number * block
+        count, at, rest = min(block, n - begin), x + 4 * begin, advance(residual, begin)
+        peak = peak_bits(at, rest, count)
+        if peak >= U32(0x7F800000):
+            return 0
+        scale = min(float_of(peak) / top, most)
+        floats(scales)[number] = scale
+        code_block(at, rest, scale, top, codes + begin, advance(lost, begin), count)
+    return 1
+
+
+@loop("float64(int64, int64, int64)")
+def largest_of_sum(x, residual, n):
+    return F64(float_of(peak_bits(x, residual, n)))
 
 
 # Randomised rounding

@@ -12,6 +12,8 @@ from hpccomm.kernels.vectors.reference import (
     F32,
     Octets,
     Vector,
+    all_finite,
+    backlog_of,
     moments,
     uniforms,
 )
@@ -92,6 +94,54 @@ def range_of(least: float, most: float) -> tuple[float, float]:
 def add_range(codes: Octets, scale: float, lower: int, out: Vector) -> None:
     """Add (code + lower)/scale, computed in float64."""
     out += ((codes + np.float64(lower)) / scale).astype("f4")
+
+
+# Blocks with a scale
+
+
+def block_codes(
+    x: Vector, residual: Vector | None, block: int, top: int, lost: Vector | None = None
+) -> tuple[Vector, npt.NDArray[np.int8]]:
+    """The scales of ``block`` consecutive elements of x + residual, and the elements as multiples of them.
+
+    scale = max/top, code = round((x + residual)/scale), ties to even; a scale of 0 divides by 1.  ``lost``, which may
+    be ``residual``, becomes what the codes lose.  Where a sum is not finite, all scales and all that is lost are NaN.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = backlog_of(x, residual)
+    blocks = np.zeros((-(-total.size // block), block), "f4")
+    scales, codes = np.empty(len(blocks), "f4"), np.empty(total.size, "i1")
+    if not all_finite(total):
+        return codes_of_nan(scales, codes, lost)
+    blocks.reshape(-1)[: total.size] = total
+    scales[...] = np.minimum(np.abs(blocks).max(axis=1, initial=0) / F32(top), largest_scale(top))
+    quotient = blocks / np.where(scales > 0, scales, F32(1))[:, None]
+    codes[...] = np.rint(np.clip(quotient, -top, top)).reshape(-1)[: total.size]
+    if lost is not None:
+        lost[...] = total - codes.astype("f4") * np.repeat(scales, block)[: total.size]
+    return scales, codes
+
+
+def largest_scale(top: int) -> np.float32:
+    """The largest number whose product with ``top`` is finite."""
+    return np.nextafter(np.finfo("f4").max / F32(top), F32(0))
+
+
+def codes_of_nan(
+    scales: Vector, codes: npt.NDArray[np.int8], lost: Vector | None
+) -> tuple[Vector, npt.NDArray[np.int8]]:
+    """The result of :func:`block_codes` where an element is not finite."""
+    scales.fill(np.nan)
+    codes.fill(0)
+    if lost is not None:
+        lost.fill(np.nan)
+    return scales, codes
+
+
+def largest_of_sum(x: Vector, residual: Vector | None) -> float:
+    """max |x + residual|, not finite where a sum is not; 0 for an empty vector."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.abs(backlog_of(x, residual)).max(initial=F32(0)))
 
 
 # Randomised rounding
