@@ -31,9 +31,9 @@ from hpccomm.layout import ETHERNET, SHARED_MEMORY, Link
 
 LONG = 1 << 16
 """Elements from which bytes, and not rounds, decide whether messages are worth it."""
-PASSES = 5
+PASSES = 6
 """What a dense sum inside the nodes adds to the work on whole vectors, in reads and writes of one with momentum:
-fifteen, of which a sum has three."""
+about eighteen, of which a sum has three."""
 DENSE_FROM = 4
 """A sparse vector with n/4 or more elements is sent dense: merging would cost more than adding."""
 FORWARD = "forward"
@@ -63,7 +63,10 @@ class Place(NamedTuple):
         if name == ALL:
             return self
         even = self._replace(counted=0)
-        return even._replace(nodes=1) if name == IN_NODE else even._replace(per_node=1)
+        if name == BETWEEN_NODES:
+            return even._replace(per_node=1)
+        moving = Link(self.intra.alpha, max(self.intra.beta, self.gamma))  # a fit to slow links says little of memory
+        return even._replace(nodes=1, intra=moving)
 
     @property
     def has_nodes(self) -> bool:
