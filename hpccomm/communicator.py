@@ -11,7 +11,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from functools import partial, wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,10 +26,11 @@ from hpccomm.calls.buffers import hold, pad_last, read_integers
 from hpccomm.calls.consistency import error_reports
 from hpccomm.calls.entry import FREED, Doors, Key, refuse
 from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.calls.makers import MAKERS, agree_on_nothing, check_groups, describe_making
 from hpccomm.calls.plans import KEPT as KEPT_BUFFERS
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.calls.reader import is_in_place
-from hpccomm.calls.watchdog import FLUSH_SECONDS, list_waiting
+from hpccomm.calls.watchdog import FLUSH_SECONDS, find_world_ranks, list_waiting, watch_making
 from hpccomm.context import Context, Once, PlanCache, context_of, unwrap
 from hpccomm.errors import ArgumentError, HpccommError, LaunchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
@@ -51,24 +51,29 @@ if TYPE_CHECKING:
 
 IN_PLACE = MPI.IN_PLACE
 PICKLES = ("mpi4py", "auto")
-MADE_BY_ALL = (
-    *("Dup", "Clone", "Dup_with_info", "Split", "Split_type", "Create"),
-    *("Create_cart", "Create_graph", "Create_dist_graph", "Create_dist_graph_adjacent"),
-)
-"""Methods that make a communicator in which no rank may wait for long; a server waits in Accept as long as it must."""
 
 
 def keep_ours(native: Callable[..., Any]) -> Callable[..., Any]:
     """A method of mpi4py that makes a communicator; the communicator is then one of ours.
 
-    One that all ranks call is recorded, so that the watchdog reports which of them are missing.
+    One that all ranks call is compared, and recorded, so that the watchdog reports which of them are missing; so is
+    that of a group, without a comparison.  A server waits in Accept as long as it must.
     """
-    recorded = native.__name__ in MADE_BY_ALL
+    name = native.__name__
 
     @wraps(native)
     def method(self: Communicator | Intercomm, *args: Any, **named: Any) -> Any:
-        context = getattr(self, "_context", None) if recorded else None
-        with nullcontext() if context is None else context.call(native.__name__, inside=True):
+        context = getattr(self, "_context", None)
+        if context is None or name not in (*MAKERS, "Create_group"):
+            return adopt(native(self, *args, **named), self)
+        if name == "Create_group":
+            group = args[0] if args else named["group"]
+            with watch_making(find_world_ranks(group), group.rank, name):
+                return adopt(native(self, *args, **named), self)
+        fingerprint = describe_making(name, args, named)
+        check = check_groups(self, *args, **named) if name == "Create" else agree_on_nothing
+        with context.call(name, inside=True):
+            context.compare_making(fingerprint, check)
             return adopt(native(self, *args, **named), self)
 
     return method

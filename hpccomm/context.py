@@ -267,19 +267,34 @@ class Context:
             return
         if self.closed:
             raise ArgumentError(f"rank {self.rank}: {name}: the communicator has been freed: make a new one")
-        self.run_together(Fingerprint(name), self.set_up)
+        self.run_together(Fingerprint(name), self.set_up, always=True)
         self.stage = 1
 
-    def run_together(self, fingerprint: Fingerprint, body: Callable[[], None]) -> None:
-        """Run a body with messages between all ranks, once all ranks of this node have entered the same call."""
+    def run_together(
+        self, fingerprint: Fingerprint, body: Callable[[], None], always: bool = False, settles: bool = True
+    ) -> None:
+        """Run a body with messages between all ranks, once all ranks of this node have entered the same call.
+
+        ``always``: it is one of the few that ranks of several nodes always compare.
+        """
         table = self.consistency
         if table is None:
             return body()
         with table.entered:
-            table.begin(table.announce(fingerprint))
-            table.compare_nodes()
+            table.begin(table.announce(fingerprint), settles=settles)
+            table.compare_nodes(always=always)
             table.wait()
             body()
+
+    def compare_making(self, fingerprint: Fingerprint, check: Callable[[MPI.Intracomm], None]) -> None:
+        """Compare a call that makes a communicator, before MPI makes it; ``check`` compares more (collective).
+
+        A communicator that is out of step is not compared: a program makes a new one from it to go on.
+        """
+        if self.queue:
+            self.queue.drain()
+        if self.consistency and not self.consistency.is_out_of_step:
+            self.run_together(fingerprint, partial(check, self.private_comm), always=True, settles=False)
 
     def set_up(self) -> None:
         """Make shared memory, unless its functions must be compiled first (collective)."""
@@ -420,8 +435,8 @@ class Context:
             return False
         states = self.node.allgather((objects.complete(), objects.can_compile()))
         done, possible = (all(each) for each in zip(*states, strict=True))
-        if not done and possible and self.rank == 0:
-            start_compiler()
+        if not done and self.rank == 0:
+            (start_compiler if possible else tell_no_folder)()
         return possible and not done
 
     def announce_code(self) -> None:
@@ -573,11 +588,21 @@ def start_compiler() -> None:
     objects.compile_in_background()
 
 
+@cache
+def tell_no_folder() -> None:
+    """Say once why a program waits for the compiler at each start, where its results can be kept nowhere."""
+    if objects.writable_folder() is None:
+        watchdog.log_line(
+            "shared memory's functions are compiled anew by every program, as no folder for them can be written: "
+            "set HPCCOMM_CACHE to one that can, and run `hpccomm warm`"
+        )
+
+
 def context_of(comm: MPI.Intracomm) -> Context:
     """The context of an MPI communicator; the first request is collective."""
     known: Any = comm.Get_attr(context_key())
     if known is None:
-        with watchdog.watch_making(unwrap(comm)):
+        with watchdog.watch_making(watchdog.find_world_ranks(unwrap(comm)), comm.rank):
             known = Context(comm)
         comm.Set_attr(context_key(), known)
     found: Context = known

@@ -297,8 +297,15 @@ def trace_into(file: Path | None) -> dict[str, str]:
     """The variable that makes ranks write a trace; raises ArgumentError for a file that cannot be written."""
     if file is None:
         return {}
-    if not file.absolute().parent.is_dir() or file.is_dir():
-        raise ArgumentError(f"--timeline {file}: name a file in a folder that exists")
+    existed = file.exists()
+    try:
+        with file.open("ab"):
+            pass
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        remedy = "name a file in a folder that exists, and that can be written"
+        raise ArgumentError(f"--timeline {file}: {error.strerror}: {remedy}") from None
     return {"HPCCOMM_TIMELINE": str(file.absolute())}
 
 

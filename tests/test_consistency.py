@@ -360,6 +360,38 @@ def test_ranks_of_several_nodes_wait_for_none_that_has_left_before_the_call(node
         between.check_departures(SUM)
 
 
+def test_a_node_that_leaves_tells_the_next_one_who_has_made_the_fewest_calls(node: MakeTables) -> None:
+    first, second, third = node(3)
+    told: list[tuple[int, int]] = []
+    for each in (first, second, third):
+        each.tell_departure = lambda *departure: told.append(departure)
+    for each in (first, first, second, second, third):
+        each.enter(each.announce(SUM))
+        each.leave()
+    second.mark_left()
+    first.mark_left()
+    first.mark_left()
+    assert told == [(1, 2), (0, 2)], "the lowest rank of equal ones, and nobody twice"
+    third.note_departure(7, 1)
+    third.note_departure(9, 5)
+    assert third.find_departure() is None, "both have left after the last call of this rank"
+    third.enter(third.announce(SUM))
+    assert third.deadlock_reason() == f"rank 7 has left the program, rank 2 waits in {SUM}: make all ranks call it"
+    third.mark_left()
+    assert told[2:] == [(2, 1)]
+
+
+def test_a_node_that_leaves_tells_what_the_one_before_it_has_told(node: MakeTables) -> None:
+    tables, told = node(2), list[tuple[int, int]]()
+    tables[0].tell_departure = lambda *departure: told.append(departure)
+    for each in tables:
+        each.enter(each.announce(SUM))
+        each.leave()
+    tables[1].note_departure(5, 0)
+    tables[0].mark_left()
+    assert told == [(5, 0)]
+
+
 def test_missing_ranks_are_those_that_have_not_entered(node: MakeTables) -> None:
     tables = node(3)
     for me in (0, 2):

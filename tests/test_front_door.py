@@ -265,6 +265,8 @@ def test_a_wrong_turn_is_answered_in_one_line_with_the_cure(
         ("-n 2 -m nosuchmodule.part", "has no module nosuchmodule: install it"),
         ("-n 2 --mpi-args=--x' here.py", "close the quotation marks"),
         ("-n 2 --timeline no/x.json here.py", "name a file in a folder that exists"),
+        ("-n 2 --timeline . here.py", "name a file in a folder that exists"),
+        ("-n 2 --timeline /proc/x.json here.py", "and that can be written"),
         ("-n 10000000 here.py", "ranks need more memory than the"),
         ("-n 2 -x NAME=1 here.py", "give mpirun its own flags with --mpi-args='-x …'"),
         ("-n 2 --hostfile hosts here.py", "give mpirun its own flags with --mpi-args='--hostfile …'"),

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from hpccomm.kernels import objects
 from hpccomm.launcher import launch_command
 from hpccomm.performance import probe
 from hpccomm.performance.machine import REFERENCE
+from hpccomm.testing.jobs import stop
 
 PROGRAM = """
 import numpy as np
@@ -131,3 +133,72 @@ def test_the_cache_of_another_user_is_read_but_not_changed(home: Path, readable:
     assert printed[-2:] == ["right"] * 2
     assert len(said) <= 1
     assert sorted(cache.iterdir()) == before
+
+
+SHARES = """
+import os, time
+from pathlib import Path
+import numpy as np
+from mpi4py import MPI
+import hpccomm
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+p, r, end = comm.size, comm.rank, Path(__file__).parent / "end"
+def call(n):
+    comm.Allreduce(np.arange(n) * (r + 1), total := np.empty(n, int), algorithm="shared")
+    assert (total == np.arange(n) * (p * (p + 1) // 2)).all()
+call(1000)
+links = [each for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+names = [f"/proc/{os.getpid()}/fd/{each.name}" for each in links if "hpccomm" in os.readlink(each)]
+files = sum(comm.allgather(names), [])
+if r == 0: print(" ".join(["memory", *files]), flush=True)
+while not comm.bcast(end.exists()):
+    call(12)
+    call(70_001)
+    time.sleep(0.01)
+if r == 0: print("right", flush=True)
+"""
+AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+READS = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+"""The right to read all files: Python itself may be in a folder of root's."""
+ROOT, OTHER = "root", "another user"
+MAY_OPEN = {ROOT: (), OTHER: (*AS_NOBODY, *READS)}
+MAY_NOT = {ROOT: AS_NOBODY, OTHER: ("setpriv", "--bounding-set", "-dac_override,-dac_read_search,-sys_ptrace")}
+"""By the owner of the memory: who may open it, and a user who is neither the owner nor may do what root may."""
+
+
+@pytest.mark.slow(keep=1)
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="only root can start another user's job")
+def test_jobs_of_two_users_share_a_cache_but_no_memory(home: Path) -> None:
+    """Neither can open what the ranks of the other job share, to read or to write."""
+    (program := home / "program.py").write_text(SHARES)
+    environ = {**os.environ, "HPCCOMM_CACHE": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    through = ["/usr/bin/env", sys.executable, str(program)]  # a launcher asks whether it may execute its command
+    command, environ = launch_command(2, through, environ=environ)
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": home}
+    jobs = {user: subprocess.Popen([*prefix, *command], env=environ, **pipes) for user, prefix in MAY_OPEN.items()}
+    try:
+        memory = {user: read_memory(job) for user, job in jobs.items()}
+        for user, files in memory.items():
+            assert len(files) >= 4, files
+            assert all(can_open(MAY_OPEN[user], file, how) for file in files for how in ("<", "<>"))
+            assert not any(can_open(MAY_NOT[user], file, how) for file in files for how in ("<", "<>", ">>"))
+        (home / "end").touch()
+        for job in jobs.values():
+            printed, said = job.communicate(timeout=100)
+            assert (job.returncode, printed.split()) == (0, ["right"]), said
+    finally:
+        for job in jobs.values():
+            stop(job)
+
+
+def read_memory(job: Any) -> list[str]:
+    """The files that ranks share with others, as the first one has printed them."""
+    word, *files = job.stdout.readline().split() or ["", job.stderr.read()]
+    assert word == "memory", files
+    return files
+
+
+def can_open(prefix: Sequence[str], file: str, how: str) -> bool:
+    """Whether a process that is started so can open a file; its first byte is not changed."""
+    done = subprocess.run([*prefix, "/bin/sh", "-c", f": {how} {file}"], stderr=subprocess.DEVNULL, check=False)
+    return done.returncode == 0

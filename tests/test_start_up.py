@@ -127,3 +127,25 @@ def test_a_level_that_was_freed_is_not_made_again(comm: Any) -> None:
     assert made.inter_node.size == 1
     made.Allreduce(np.ones(2), np.empty(2))
     made.Free()
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize(("folder", "lines"), [(None, 1), ("/somewhere", 0)])
+def test_rank_0_says_once_that_compiled_functions_can_be_kept_nowhere(
+    folder: str | None, lines: int, comm: hpccomm.Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, said = hpccomm.Communicator(comm.Dup()), list[str]()
+    ours.Barrier()
+    if ours.context.consistency is None:
+        pytest.skip("there is no consistency table here")
+    monkeypatch.setitem(ours.context.settings, "HPCCOMM_COMPILE", "background")
+    monkeypatch.setattr(context.watchdog, "log_line", said.append)
+    monkeypatch.setattr(context.objects, "complete", lambda: False)
+    monkeypatch.setattr(context.objects, "can_compile", lambda: False)
+    monkeypatch.setattr(context.objects, "writable_folder", lambda: folder)
+    context.tell_no_folder.cache_clear()
+    assert not any(ours.context.must_await_code() for _ in range(2))
+    assert len(said) == (lines if ours.rank == 0 else 0)
+    assert all("set HPCCOMM_CACHE" in each for each in said)
+    context.tell_no_folder.cache_clear()
+    ours.Free()

@@ -187,8 +187,14 @@ def test_a_program_that_ends_with_an_error_keeps_its_error(tmp_path: Path) -> No
 @pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_rank_that_ends_long_after_the_others_does_not_hang(tmp_path: Path, late: int) -> None:
-    program = f"timeline.AGREEMENT_SECONDS = 0.5; time.sleep(2 * (comm.rank == {late}))"
-    done = run_traced(3, tmp_path / "t.json", "-c", f"{LATE}\nfrom hpccomm.observe import timeline\n{program}")
+    program = f"""
+from pathlib import Path
+from hpccomm.observe import timeline
+timeline.AGREEMENT_SECONDS = 0.5
+while comm.rank == {late} and len(list(Path({str(tmp_path)!r}).glob("t.json.rank*"))) < 2:
+    time.sleep(0.01)
+"""
+    done = run_traced(3, tmp_path / "t.json", "-c", LATE + program)
     assert done.returncode == 0, done.stderr
     assert sorted(each.name for each in tmp_path.iterdir()) == [f"t.json.rank{rank}" for rank in range(3)]
 

@@ -43,9 +43,9 @@ class BetweenNodes:
         self._me = comm.rank
         self._compatible: set[bytes] = set()
 
-    def takes(self, seq: int) -> bool:
-        """Whether a call is compared; the same on all ranks."""
-        return self.mask >= 0 and (seq == 1 or not seq & self.mask)
+    def takes(self, seq: int, always: bool = False) -> bool:
+        """Whether a call is compared, or one of those that ``always`` are; the same on all ranks."""
+        return self.mask >= 0 and (always or seq == 1 or not seq & self.mask)
 
     def compare(self, entry: int, call: Fingerprint | None, amounts: Amounts | None) -> None:
         """Compare a call with those of all ranks (collective); all ranks raise if one differs."""
@@ -64,8 +64,9 @@ class BetweenNodes:
         await_request(self._comm.Iallgather(send, recv), check=partial(self.check_departures, call))
 
     def check_departures(self, call: Fingerprint | None) -> None:
-        """Raise if a rank of this node has left the program without ``call``; one may leave after it."""
-        for rank in sorted({*self._table.left_ranks()} & {*self._table.missing_ranks()}):
+        """Raise if a rank has left the program without ``call``; one may leave after it."""
+        rank = self._table.find_departure()
+        if rank is not None:
             raise MismatchError(self._table.explain_departure(rank, call))
 
     def _compare_texts(self, call: Fingerprint | None, numbers: Any) -> None:

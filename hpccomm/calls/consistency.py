@@ -53,7 +53,7 @@ LEFT, GAVE_UP, HAS_CODE, PROCESS, REFUSED, FAILED, FAILED_BEFORE = (STATUS + k f
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
-OUT_OF_STEP, WANTED, FIRST_ISSUE = ISSUED + 1, ISSUED + 2, ISSUED + 3
+OUT_OF_STEP, WANTED, ELSEWHERE, FIRST_ISSUE = (ISSUED + k for k in range(1, 5))
 FIRST_CLAIM, CLAIMS = FIRST_ISSUE + 2 * CALLS, 8
 FIRST_AMOUNTS = FIRST_CLAIM + CLAIMS
 
@@ -73,14 +73,16 @@ COUNTED = 1024
 """Fingerprints with a count that a rank knows by their digests alone."""
 
 REASON_BYTES = 512
+MOST_RANKS = 1 << 24
+"""A number of calls and a rank are one word."""
 
 
 def row_words(members: int) -> int:
     """64-bit words per rank: entries of the last calls, the status, counts of the last calls, fingerprints as text.
 
-    Then the number of non-blocking calls, the digest of a text that this rank wants to read, and of the last
-    non-blocking calls the entry and the number of blocking calls before it; claims to errors; amounts of blocks; a
-    reason.
+    Then the number of non-blocking calls, the digest of a text that this rank wants to read, who has left on other
+    nodes, and of the last non-blocking calls the entry and the number of blocking calls before it; claims to errors;
+    amounts of blocks; a reason.
     """
     return FIRST_AMOUNTS + AMOUNT_CALLS * (1 + 2 * members) + REASON_BYTES // 8
 
@@ -116,6 +118,8 @@ class ConsistencyTable:
         """Number and fingerprint of member k's last call in shared memory, which has no entry here."""
         self.between: Any = None
         """Compares calls between nodes (:class:`hpccomm.calls.between_nodes.BetweenNodes`), if there are several."""
+        self.tell_departure: Callable[[int, int], None] | None = None
+        """Tells another node which rank has left, and after how many calls, if there are several nodes."""
         self.entered = EnteredCall(self, self.leave, lambda: None)
         """Around the calls that are entered and left by :meth:`enter` or :meth:`begin` and :meth:`leave`."""
         self.met = 0
@@ -201,10 +205,10 @@ class ConsistencyTable:
         self.stay_in_reach(amounts)
         self.compare_entries()
 
-    def compare_nodes(self, amounts: Amounts | None = None) -> None:
+    def compare_nodes(self, amounts: Amounts | None = None, always: bool = False) -> None:
         """Compare this call with those of other nodes' ranks, if it is one that is compared (collective then)."""
         seq = self._seq
-        if self.between and self.between.takes(seq):
+        if self.between and self.between.takes(seq, always):
             entry, call = self._words[self._base + seq % CALLS], self.find_call(self._base)
             self.between.compare(entry, call, amounts)
 
@@ -223,9 +227,10 @@ class ConsistencyTable:
         asks = amounts or last % reach == 0
         return bool(asks) and any(abs(self._words[peer + STATUS]) + reach < last for peer in self._peers)
 
-    def begin(self, word: int, amounts: Amounts | None = None) -> None:
-        """Enter a call without comparing it."""
-        self.settle()
+    def begin(self, word: int, amounts: Amounts | None = None, settles: bool = True) -> None:
+        """Enter a call without comparing it; one that moves nothing of its own need not :meth:`settle`."""
+        if settles:
+            self.settle()
         words, seq = self._words, self._seq + 1
         if amounts and not self._is_out_of_reach(seq, amounts):
             self._write_amounts(seq, amounts)
@@ -543,9 +548,30 @@ class ConsistencyTable:
                     rank: self.read_fingerprint(peer, gave_up & DIGEST_MASK),
                 }
                 return mismatch_message(calls, self._me)
-            if self._words[peer + LEFT] and self.count_completed(peer) < seq:
-                return self.explain_departure(rank, self.find_call(self._base))
-        return self.explain_issue_after(self.find_call(self._base))
+        call = self.find_call(self._base)
+        gone = self.find_departure()
+        return self.explain_issue_after(call) if gone is None else self.explain_departure(gone, call)
+
+    def find_departure(self) -> int | None:
+        """A rank that has left the program without the current call, as far as this node knows."""
+        calls, rank = min([*self._list_left(), *self._list_elsewhere()], default=(self._seq, 0))
+        return rank if calls < self._seq else None
+
+    def _list_left(self) -> list[tuple[int, int]]:
+        """Calls completed, and rank, of those of this node that have left the program."""
+        rows = [(k * self._stride, rank) for k, rank in enumerate(self.members)]
+        return [(self.count_completed(row), rank) for row, rank in rows if self._words[row + LEFT]]
+
+    def _list_elsewhere(self) -> list[tuple[int, int]]:
+        """The same of ranks of other nodes, as those have told."""
+        told = [self._words[k * self._stride + ELSEWHERE] for k in range(len(self.members))]
+        return [divmod(each - 1, MOST_RANKS) for each in told if each]
+
+    def note_departure(self, rank: int, calls: int) -> None:
+        """Note that a rank of another node has left the program after so many calls."""
+        known = self._words[self._base + ELSEWHERE]
+        told = calls * MOST_RANKS + rank + 1
+        self._words[self._base + ELSEWHERE] = min(known, told) if known else told
 
     def check_stall(self, word: int, seconds: float, find_missing: Callable[[], list[int]]) -> None:
         """Check a call in shared memory that waits for some members: raise if they can never enter it.
@@ -660,6 +686,11 @@ class ConsistencyTable:
             raise MismatchError(mismatch_message({self._me: call, self.members[k]: other}, self._me))
         return bool(self._words[row + ISSUED] >= number)
 
+    @property
+    def is_out_of_step(self) -> bool:
+        """Whether a member has found that non-blocking calls were made in another order."""
+        return any(self._words[k * self._stride + OUT_OF_STEP] for k in range(len(self.members)))
+
     def leave_step(self, call: Fingerprint | None) -> None:
         """Tell the other members that this call was made in another order."""
         digest = self.announce(call) & DIGEST_MASK if call else 0
@@ -706,9 +737,17 @@ class ConsistencyTable:
         self._octets.release()
 
     def mark_left(self) -> None:
-        """Tell the other ranks that this rank makes no more calls."""
+        """Tell the other ranks that this rank makes no more calls.
+
+        Another node is told unless a rank of this one has told it so: one that has left before, after no more calls.
+        """
         with contextlib.suppress(ValueError):
             self._words[self._base + LEFT] = 1
+            tell, self.tell_departure = self.tell_departure, None
+            first = min(here := self._list_left())
+            if tell and first[1] == self._me:
+                calls, rank = min([*here, *self._list_elsewhere()])
+                tell(rank, calls)
 
 
 class EnteredCall:

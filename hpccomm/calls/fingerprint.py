@@ -26,6 +26,7 @@ REMEDIES = {
     "order": "convert the arrays to one memory order, np.ascontiguousarray(x), before the call",
     "algorithm": "name the same algorithm on all ranks",
     "place": "pass MPI.IN_PLACE on all ranks or on none",
+    "arguments": "pass the same arguments on all ranks",
     "memory": "pass arrays in the same memory on all ranks: x.get() (CuPy) or x.cpu() (PyTorch) copy one to the host",
 }
 
@@ -44,6 +45,8 @@ class Fingerprint(NamedTuple):
     """The memory of the arrays, if it is not the host's."""
     place: str = ""
     """:data:`IN_PLACE`, in collectives that MPI's libraries run in place by another algorithm."""
+    arguments: str = ""
+    """Of a method that makes a communicator, the arguments that all ranks must pass alike."""
 
     @property
     def number(self) -> int:
@@ -74,7 +77,7 @@ class Fingerprint(NamedTuple):
         amount = " ".join(part for part in (self.count, self.dtype, self.memory) if part not in ("", UNKNOWN))
         named = [f"{name}={value}" for name, value in (("root", self.root), ("algorithm", self.algorithm)) if value]
         order = ["Fortran order"] if self.order == "F" else []
-        operands = [part for part in (self.op, amount, self.place) if part not in ("", UNKNOWN)]
+        operands = [part for part in (self.op, amount, self.place, self.arguments) if part not in ("", UNKNOWN)]
         arguments = ", ".join(operands + order + named)
         return f"{self.collective}({arguments})" if arguments else self.collective
 
@@ -97,7 +100,7 @@ def decode(octets: bytes) -> Fingerprint | None:
 
 def first_difference(a: Fingerprint, b: Fingerprint) -> str | None:
     """The first field in which two calls contradict each other, if any."""
-    for field in ("collective", "memory", "dtype", "op", "root", "algorithm", "count", "order", "place"):
+    for field in ("collective", "memory", "dtype", "op", "root", "algorithm", "count", "order", "place", "arguments"):
         mine, theirs = getattr(a, field), getattr(b, field)
         if mine != theirs and UNKNOWN not in (mine, theirs):
             return field

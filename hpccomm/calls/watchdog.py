@@ -26,7 +26,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpccomm import settings
-from hpccomm.calls.departures import Launchers
+from hpccomm.calls.departures import Farewell, Launchers
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import HpccommError
 from hpccomm.observe.flight_recorder import (
@@ -60,7 +60,7 @@ FREE_SECONDS = 5.0
 """How long a rank that frees a communicator waits for the others, before it leaves that to MPI's end."""
 MOST_LINES = 32
 OTHER_NODE = "on another node"
-REQUEST, ANSWER = 1, 2
+REQUEST, ANSWER, DEPARTURE = 1, 2, 3
 """Tags of messages between nodes."""
 
 T = TypeVar("T")
@@ -115,6 +115,9 @@ class Group:
         """What other nodes have asked and this rank has not answered: who, the number, when, and what was found."""
         self.answers: dict[int, list[State]] = {}
         """The answers of other nodes, by the number of what was asked."""
+        if wire is not None:
+            mine = next(k for k, members in enumerate(nodes) if rank in members)
+            table.tell_departure = Farewell(wire, nodes[(mine + 1) % len(nodes)][0], DEPARTURE)
 
     @property
     def processes(self) -> dict[int, int]:
@@ -219,6 +222,8 @@ class Group:
             if status.tag == REQUEST:
                 number, comm = content
                 self._asked.append((status.source, number, time.monotonic(), Inquiry(self.processes, comm)))
+            elif status.tag == DEPARTURE:
+                self.table.note_departure(*content)
             else:
                 self.answers.setdefault(content[0], []).extend(State.decode(each) for each in content[1])
         left = []
@@ -263,15 +268,15 @@ class Group:
 
 
 class Makers(Group):
-    """The ranks that make their first communicator of ours from one of MPI: they share nothing yet."""
+    """The ranks of the world that make a communicator among which no other one of ours is: they share nothing yet."""
 
     absent, why_silent = "in no communicator of hpccomm yet, or on another node", ""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        self._world = find_world_ranks(comm)
+    def __init__(self, ranks: Sequence[int], rank: int) -> None:
+        self._world = ranks
         text = f"ranks {format_ranges(self._world)}"
         made = Comm(recorder(), 1 << 61 | hash(self._world) & (1 << 60) - 1, text)
-        super().__init__(made, comm.rank, [tuple(range(comm.size))], None)
+        super().__init__(made, rank, [tuple(range(len(ranks)))], None)
 
     @property
     def processes(self) -> dict[int, int]:
@@ -534,28 +539,31 @@ def end_with_mpi() -> None:
 
 
 @contextlib.contextmanager
-def watch_making(comm: MPI.Intracomm) -> Iterator[None]:
-    """Let the watchdog report that ranks make a communicator of ours from ``comm``, and others do not."""
-    if comm.size == 1 or os.environ.get("HPCCOMM_CONSISTENCY") == "off":
+def watch_making(ranks: Sequence[int], rank: int, name: str = "Communicator") -> Iterator[None]:
+    """Let the watchdog report that some ``ranks`` of the world make a communicator, and others do not.
+
+    ``rank`` is this one's among them, ``name`` that of the call.
+    """
+    if len(ranks) == 1 or rank < 0 or os.environ.get("HPCCOMM_CONSISTENCY") == "off":
         yield
         return
     recorder().set_rank(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)
-    makers = Makers(comm)
+    makers = Makers(ranks, rank)
     watch(makers)
     try:
-        with Call(makers.comm, "Communicator", inside=True):
+        with Call(makers.comm, name, inside=True):
             yield
     finally:
         makers.close()
 
 
-def find_world_ranks(comm: MPI.Intracomm) -> Sequence[int]:
-    """The ranks of the world that a communicator has."""
-    if comm == MPI.COMM_WORLD:
-        return range(comm.size)
-    group, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+def find_world_ranks(of: MPI.Intracomm | MPI.Group) -> Sequence[int]:
+    """The ranks of the world that a communicator or a group has."""
+    if of == MPI.COMM_WORLD:
+        return range(of.size)
+    world, group = MPI.COMM_WORLD.Get_group(), of if isinstance(of, MPI.Group) else of.Get_group()
     ranks = group.Translate_ranks(list(range(group.size)), world)
-    for each in (group, world):
+    for each in (world, *([group] if group is not of else [])):
         each.Free()
     return tuple(ranks)
 

@@ -7,7 +7,9 @@ each gets a plain C function around it, and only that is kept.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import llvmlite.binding
@@ -17,10 +19,11 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
 from hpccomm.kernels import linker
-from hpccomm.kernels.compiler import jit
+from hpccomm.kernels.compiler import compile_module, jit
 from hpccomm.kernels.intrinsics import I64, VOID, X86
 
 OPTIMIZATION = 3
+RUN_IN_PYTHON = ("shared_memory.collectives", "shared_memory.probe", "entry.body", "interpreter.body")
 
 
 def emit(name: str, module: str, signature: str) -> tuple[bytes, dict[str, Any]]:
@@ -28,12 +31,19 @@ def emit(name: str, module: str, signature: str) -> tuple[bytes, dict[str, Any]]
 
     It is linked here for the processors whose objects we can link, by LLVM when it is loaded for others.
     """
-    function = getattr(import_module(f"{__package__}.{module}"), name)
+    function = getattr(load_source(module), name)
     data = compile_object(name, function, signature or function.signature)
     if not X86:
         return data, {"name": name, "externals": linker.read_externals(data)}
     image = linker.link(data, name)._asdict()
     return image.pop("code"), image
+
+
+@cache
+def load_source(module: str) -> Any:
+    """A module in this folder; one that runs in Python, too, with intrinsics as memory operations."""
+    found = import_module(f"{__package__}.{module}")
+    return SimpleNamespace(**compile_module(found)) if module in RUN_IN_PYTHON else found
 
 
 def compile_object(name: str, function: Callable[..., Any], signature: Any) -> bytes:

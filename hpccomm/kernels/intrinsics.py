@@ -251,6 +251,24 @@ def call_2(builder, address, a, b):
     return call_address(builder, address, a, b)
 
 
+@instruction(int64, *[int64] * 4)
+def call_3(builder, address, a, b, c):
+    """Call a function of three words."""
+    return call_address(builder, address, a, b, c)
+
+
+@instruction(int64, *[int64] * 6)
+def call_5(builder, address, a, b, c, d, e):
+    """Call a function of five words."""
+    return call_address(builder, address, a, b, c, d, e)
+
+
+@instruction(int64, *[int64] * 8)
+def call_7(builder, address, a, b, c, d, e, f, g):
+    """Call a function of seven words."""
+    return call_address(builder, address, a, b, c, d, e, f, g)
+
+
 @instruction(int64, int64, int64)
 def call_9(builder, address, words):
     """Call a function of up to 9 words, which lie at an address; what it returns has 32 bits."""

@@ -38,10 +38,10 @@ def fold_name(op: str, code: str) -> str:
 
 
 EMITTED = {
-    **dict.fromkeys(COLLECTIVES, ("shared_memory.compiled", "int64(int64)")),
-    **dict.fromkeys(("enter", "leave"), ("entry.compiled", "int64(int64, int64, int64)")),
-    "interpret": ("interpreter.compiled", "int64(int64)"),
-    "run_probe": ("shared_memory.compiled_probe", "int64(int64)"),
+    **dict.fromkeys(COLLECTIVES, ("shared_memory.collectives", "int64(int64)")),
+    **dict.fromkeys(("enter", "leave"), ("entry.body", "int64(int64, int64, int64)")),
+    "interpret": ("interpreter.body", "int64(int64)"),
+    "run_probe": ("shared_memory.probe", "int64(int64)"),
     "run_kernel": ("python_api", "int64(int64, int64, int64)"),
     **{fold_name(op, code): ("reductions.loops", "") for op, codes in DTYPES.items() for code in codes},
 }
@@ -51,16 +51,14 @@ SOURCES = {
         *("compiler.py", "emission.py", "linker.py", "intrinsics.py", "futex.py"),
         *("shared_memory/memory.py", "reductions/reference.py"),
     ),
-    "shared_memory.compiled": tuple(f"shared_memory/{each}.py" for each in ("compiled", "collectives", "records")),
-    "shared_memory.compiled_probe": tuple(
-        f"shared_memory/{each}.py" for each in ("compiled_probe", "probe", "records")
-    ),
-    "entry.compiled": (
-        *("entry/body.py", "entry/records.py", "entry/compiled.py", "interpreter/records.py"),
+    "shared_memory.collectives": ("shared_memory/collectives.py", "shared_memory/records.py"),
+    "shared_memory.probe": ("shared_memory/probe.py", "shared_memory/records.py"),
+    "entry.body": (
+        *("entry/body.py", "entry/records.py", "interpreter/records.py"),
         *("shared_memory/collectives.py", "shared_memory/records.py"),
     ),
-    "interpreter.compiled": (
-        *("interpreter/body.py", "interpreter/records.py", "interpreter/compiled.py"),
+    "interpreter.body": (
+        *("interpreter/body.py", "interpreter/records.py"),
         *("shared_memory/collectives.py", "shared_memory/records.py"),
     ),
     "reductions.loops": ("reductions/loops.py",),

@@ -25,7 +25,9 @@ from hpccomm.kernels.interpreter.records import (
 from hpccomm.kernels.shared_memory.collectives import RETRY
 from hpccomm.kernels.shared_memory.memory import (
     call_1,
-    call_address,
+    call_3,
+    call_5,
+    call_7,
     copy,
     fold,
     load,
@@ -35,8 +37,6 @@ from hpccomm.kernels.shared_memory.memory import (
     yield_cpu,
 )
 from hpccomm.kernels.shared_memory.records import CALL_RECORD, W, offsets
-
-call_3 = call_5 = call_7 = call_address
 
 FIELD, RUN, MEETING_FIELD, CALL = map(offsets, (RECORD, RUN_RECORD, MEETING_RECORD, CALL_RECORD))
 RECORD_BYTES, MEETING_BYTES = RECORD.itemsize, MEETING_RECORD.itemsize

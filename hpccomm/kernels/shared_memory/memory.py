@@ -153,7 +153,7 @@ def call_address(address: int, *arguments: int) -> int:
     return int(ctypes.PYFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(arguments))(address)(*arguments))
 
 
-call_0 = call_1 = call_2 = call_address
+call_0 = call_1 = call_2 = call_3 = call_5 = call_7 = call_address
 
 
 def call_9(address: int, words: int) -> int:

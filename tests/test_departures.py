@@ -1,0 +1,88 @@
+"""A node whose ranks leave while others wait is named at once; ranks that end at their own pace are no mistake."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+
+import pytest
+
+from hpccomm.testing.jobs import run_under_mpi
+
+pytestmark = pytest.mark.slow(keep=2)
+
+SETUP = """
+import atexit, sys, time
+import numpy as np
+from mpi4py import MPI
+import hpccomm
+from hpccomm import context
+context.ranks_of_this_node = lambda each: MPI.Intracomm(each).Split(each.rank // 2, each.rank)
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+last = comm.rank // 2 == (comm.size - 1) // 2
+x, y = np.ones(4), np.empty(4)
+"""
+STALL_SECONDS, SOON_SECONDS = 500.0, 120.0
+"""A rank that is missing is reported after so long; one that has left is named much sooner, on a busy machine too."""
+
+
+def run_job(ranks: int, body: str) -> tuple[int, str]:
+    """Exit status and output of a job on nodes of two ranks; ``last``: the rank is on the last node."""
+    program = f"import os; os.environ['HPCCOMM_STALL_SECONDS'] = '{STALL_SECONDS}'" + SETUP + textwrap.dedent(body)
+    began = time.monotonic()
+    done = run_under_mpi(ranks, "-c", program, timeout=SOON_SECONDS)
+    assert time.monotonic() - began < SOON_SECONDS
+    return done.returncode, done.stdout + done.stderr
+
+
+WAITS = {
+    "Allreduce": "comm.Allreduce(x, y)",
+    "native Allreduce": 'comm.Allreduce(x, y, algorithm="native")',
+    "Barrier": "comm.Barrier()",
+    "allgather": "comm.allgather(1)",
+    "Dup": "comm.Dup()",
+    "a derived communicator": "other.Allreduce(x, y)",
+}
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("name", WAITS)
+def test_a_node_that_leaves_is_named_at_once(name: str, ranks: int) -> None:
+    """As the first call, and after others."""
+    for before in ("", "comm.Allreduce(x, y); comm.Barrier(); comm.allreduce(1)"):
+        status, said = run_job(ranks, f"other = comm.Dup(); {before}\nif last: sys.exit()\n{WAITS[name]}")
+        assert status != 0, said
+        assert "has left the program, rank" in said, said
+        assert "not complete after" not in said, said
+
+
+def test_of_several_nodes_that_leave_each_tells_the_next() -> None:
+    """The ranks of the last node wait in a call that those of both other nodes do not make."""
+    status, said = run_job(6, "comm.Barrier()\nif comm.rank < 4: sys.exit()\ncomm.Allreduce(x, y)")
+    assert status != 0, said
+    assert "has left the program, rank" in said, said
+
+
+def test_a_node_that_ends_mpi_is_named_at_once() -> None:
+    body = "comm.Barrier()\nif last:\n    MPI.Finalize()\n    time.sleep(1000)\ncomm.Allreduce(x, y)"
+    status, said = run_job(4, body)
+    assert status != 0, said
+    assert "has left the program, rank" in said, said
+
+
+ENDS = {
+    "the last node first": "comm.Barrier(); time.sleep(0 if last else 1)",
+    "the last node last": "comm.Barrier(); time.sleep(1 if last else 0)",
+    "a root that does not wait": "comm.Bcast(x, comm.size - 1); time.sleep(0 if last else 1); comm.bcast(1, 0)",
+    "communicators of parts": "part = comm.Split(int(last)); time.sleep(0 if last else 1); part.Allreduce(x, y)",
+    "a communicator that was freed": "other = comm.Dup(); other.Barrier(); other.Free(); time.sleep(0 if last else 1)",
+    "exit handlers": "atexit.register(comm.Barrier); time.sleep(0 if last else 1)",
+    "a call under way": "comm.Iallreduce(x, y).Wait(); time.sleep(0 if last else 1)",
+    "MPI ends first": "comm.Barrier(); time.sleep(0 if last else 1); MPI.Finalize()",
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_ranks_may_end_at_their_own_pace(name: str) -> None:
+    status, said = run_job(4, ENDS[name])
+    assert (status, "hpccomm]" in said) == (0, False), said
