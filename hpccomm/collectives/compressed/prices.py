@@ -31,9 +31,9 @@ from hpccomm.layout import ETHERNET, SHARED_MEMORY, Link
 
 LONG = 1 << 16
 """Elements from which bytes, and not rounds, decide whether messages are worth it."""
-PASSES = 6
+PASSES = 5
 """What a dense sum inside the nodes adds to the work on whole vectors, in reads and writes of one with momentum:
-about eighteen, of which a sum has three."""
+fifteen, of which a sum has three."""
 DENSE_FROM = 4
 """A sparse vector with n/4 or more elements is sent dense: merging would cost more than adding."""
 FORWARD = "forward"
