@@ -223,6 +223,7 @@ def draw(runs: Sequence[Run], out: Path) -> None:
             if ranks not in its.ranks:
                 axes.set_axis_off()
                 continue
+            points = []
             for number, name in enumerate(ORDER):
                 here = [run for run in runs if key(run)[:3] == (job, ranks, name) and run["seed"] not in TUNING_SEEDS]
                 if not here:
@@ -232,11 +233,12 @@ def draw(runs: Sequence[Run], out: Path) -> None:
                 colour = COLOURS[number % len(COLOURS)]
                 place, error = mean(run["bytes_a_step"] for run in here), uncertainty(scores)
                 axes.errorbar(place, mean(scores), error, fmt=shape, color=colour, capsize=3)
-                axes.annotate(name, (place, mean(scores)), (5, 4), textcoords="offset points", fontsize=8)
+                points.append((place, mean(scores), name))
             axes.set_xscale("log")
             axes.set_xlabel("bytes a rank sends in a step")
             axes.set_ylabel("accuracy, %")
             axes.set_title(f"{job}, {ranks} ranks", fontsize=10, loc="left")
+            harness.label_points(axes, points)
     harness.save(figure, out)
 
 

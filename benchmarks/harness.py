@@ -313,8 +313,37 @@ def panels(width: float, height: float, rows: int = 1, columns: int = 1, **share
 
 
 def put_legend_below(axes: Any) -> None:
-    """A legend that covers no bar."""
-    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    """A legend that covers no bar and no label of the axis."""
+    axes.figure.draw_without_rendering()  # which places the labels
+    frame, lowest = axes.get_window_extent(), axes.get_tightbbox().y0
+    below = (lowest - frame.y0) / frame.height - 0.01
+    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, below), frameon=False)
+
+
+def label_points(axes: Any, points: Iterable[tuple[float, float, str]], size: float = 8.0) -> None:
+    """Names beside points, on the side that is inside the frame, and none over another."""
+    axes.figure.draw_without_rendering()  # which places the axes
+    points, frame, scale = list(points), axes.get_window_extent(), axes.figure.dpi / 72
+    height, taken = 1.3 * size * scale, list[tuple[float, float, float]]()
+    for x, y, name in sorted(points, key=lambda each: each[1]):
+        at, up = axes.transData.transform((x, y))
+        width, lifted = 0.65 * size * len(name) * scale, up
+        side = -1 if at + width > frame.x1 else 1
+        left = at - width if side < 0 else at
+        while any(
+            left < end and begin < left + width and lifted < top + height for begin, end, top in taken if top <= lifted
+        ):
+            lifted += 1
+        taken.append((left, left + width, lifted))
+        axes.annotate(
+            name,
+            (x, y),
+            (5 * side, (lifted - up) / scale),
+            textcoords="offset points",
+            fontsize=size,
+            ha="right" if side < 0 else "left",
+            va="center",
+        )
 
 
 def save(figure: Any, out: Path) -> None:

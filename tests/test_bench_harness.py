@@ -178,3 +178,29 @@ def test_shapes_on_the_command_line_replace_the_default_ones(monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["cluster", "--seconds", "5"])
     args = harness.parse(made)
     assert harness.results_file(args, mpi="Open MPI") == harness.RESULTS / "cluster-open-mpi.json"
+
+
+def test_names_of_points_lie_inside_the_frame_and_none_over_another() -> None:
+    pytest.importorskip("matplotlib")
+    figure, [[axes]] = harness.panels(5, 3)
+    points = [(k // 4, k % 2, f"name {k}") for k in range(12)]
+    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points])
+    harness.label_points(axes, points)
+    figure.draw_without_rendering()
+    frame, boxes = axes.get_window_extent(), [each.get_window_extent() for each in axes.texts]
+    assert len(boxes) == len(points)
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
+    assert not [(a, b) for k, a in enumerate(boxes) for b in boxes[:k] if a.overlaps(b)]
+
+
+@pytest.mark.parametrize("rotation", [0, 60])
+def test_a_legend_below_covers_neither_bars_nor_labels(rotation: int) -> None:
+    pytest.importorskip("matplotlib")
+    figure, [[axes]] = harness.panels(5, 3)
+    axes.bar(range(3), [1, 2, 3], label="bars")
+    axes.set_xticks(range(3), ["a long name of a bar"] * 3, rotation=rotation, ha="right")
+    harness.put_legend_below(axes)
+    figure.draw_without_rendering()
+    labels = [each.get_window_extent() for each in axes.get_xticklabels()]
+    top = axes.get_legend().get_window_extent().y1
+    assert all(top <= box.y0 + 1 for box in [*labels, axes.get_window_extent()])

@@ -434,9 +434,11 @@ def test_an_abandoned_call_raises_on_the_other_ranks_instead_of_hanging(comm: MP
         plan = shared.bind_allreduce(at(x), at(x), x.size, "f4", "sum", 1)
         comm.Barrier()  # binding may have compiled
         if comm.rank == comm.size - 1:
-            time.sleep(0.5)
+            comm.recv(source=0)
         with pytest.raises(EnoughError if comm.rank == 0 else TransportError):
             plan()
+        if comm.rank == 0:
+            comm.send("gave up", comm.size - 1)
         check_all_raise(comm, TransportError, plan, "local rank 0 left a collective half done")
     with open_memory(comm, *BARRIERS[way]) as shared:
         shared.bind_barrier(1)()
