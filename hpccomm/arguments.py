@@ -45,6 +45,8 @@ PLAIN_WORDS = (
 
 def describe_meant(message: str, parser: argparse.ArgumentParser) -> str:
     """``; did you mean …?`` for the words of an argparse error; empty where nothing is alike."""
+    if re.search(r"unrecognized arguments:(.* )?-np?(=?\d+)?( |$)", message):
+        return ": ranks are started with hpccomm-run -n 4 -m hpccomm …"
     return propose(near for word, known in misspellings(message, parser) for near in nearest(word, known))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -94,6 +95,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+THREAD_SECONDS = 10.0
+"""How long threads of a test may take to complete their calls after it."""
 _left_running: set[tuple[int, int]] = set()
 """The communicator and the begin of calls that a test before has left running."""
 
@@ -106,12 +109,16 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     recorders = sys.modules.get("hpccomm.observe.flight_recorder")
     if recorders is None or size_of(item):
         return
-    table = recorders.recorder().ring.table
-    if ((table["end"] == 0) & (table["comm"] != 0)).any():  # a hundredth of the time of running()
-        found = recorders.recorder().ring.running()
-        left = [str(each) for each in found if (each.comm, each.begin) not in _left_running]
-        _left_running.update((each.comm, each.begin) for each in found)
-        assert not left, f"calls that this test has left running: {left}"
+    ring = recorders.recorder().ring
+    until = time.monotonic() + THREAD_SECONDS
+    while ((ring.table["end"] == 0) & (ring.table["comm"] != 0)).any():  # a hundredth of the time of running()
+        left = {(each.comm, each.begin): each for each in ring.running()}
+        new = [str(each) for key, each in left.items() if key not in _left_running]
+        if not new or time.monotonic() > until:
+            _left_running.update(left)
+            assert not new, f"calls that this test has left running: {new}"
+            return
+        time.sleep(0.01)
 
 
 def table_of(item: pytest.Item) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 LOOKS, SECONDS = 10, 0.005
 """Looks at what is open, and seconds between two."""
-PATIENCE = 2.0
+PATIENCE = 20.0
 """Seconds in which what was freed must be gone on a loaded machine."""
 
 

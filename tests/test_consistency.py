@@ -350,13 +350,14 @@ def test_a_rank_that_has_exited_makes_a_call_a_deadlock(node: MakeTables) -> Non
     assert "rank 1 has left the program" in str(here.deadlock_reason())
 
 
-def test_ranks_of_several_nodes_wait_for_none_that_has_left_before_the_call(node: MakeTables) -> None:
-    """One may leave after the call while another one of its node still receives what is compared."""
+@pytest.mark.parametrize("end", [ConsistencyTable.leave, ConsistencyTable.abandon])
+def test_ranks_of_several_nodes_wait_for_none_that_has_left_before_the_call(node: MakeTables, end: Any) -> None:
+    """One may leave after the call, or by its error, while others of its node still receive what is compared."""
     here, after, before = node(3)
     between = BetweenNodes(MPI.COMM_SELF, here, 0)
     for table in (here, after):
         table.begin(table.announce(SUM))
-    after.leave()
+    end(after)
     after.mark_left()
     between.check_departures(SUM)
     before.mark_left()

@@ -84,4 +84,5 @@ ENDS = {
 @pytest.mark.parametrize("name", ENDS)
 def test_ranks_may_end_at_their_own_pace(name: str) -> None:
     status, said = run_job(4, ENDS[name])
-    assert (status, "hpccomm]" in said) == (0, False), said
+    assert status == 0, said
+    assert "has left" not in said, said

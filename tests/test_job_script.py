@@ -85,7 +85,7 @@ def test_a_job_that_is_told_to_stop_passes_it_on_and_queues_itself_again(site: d
     assert job.stdout.readline().startswith("hpccomm-run -n 8")
     time.sleep(0.5)
     job.send_signal(signal.SIGUSR1)
-    assert job.communicate(timeout=20)[0].splitlines()[-1] == "scontrol requeue 77"
+    assert job.communicate(timeout=60)[0].splitlines()[-1] == "scontrol requeue 77"
 
 
 def test_what_slurm_reads() -> None:

@@ -19,7 +19,7 @@ from hpccomm.launcher import clean_environment
 from hpccomm.torch import placeholders
 
 PROGRAM = Path(__file__).parent / "placeholder_rank.py"
-SECONDS = 60
+SECONDS = 100
 
 
 def start(size: int, folder: Path, end: str, **variables: str) -> list[subprocess.Popen[str]]:

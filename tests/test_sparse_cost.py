@@ -10,7 +10,7 @@ import pytest
 from hpccomm.__main__ import main
 from hpccomm.algorithms.message_paths import choose_path, elements_in, is_worth_messages
 from hpccomm.collectives.compressed.prices import COLLECTIVES, Place, node_phases, path_phases, place_of, price_phases
-from hpccomm.layout import Layout, Link
+from hpccomm.layout import SHARED_MEMORY, Layout, Link
 from hpccomm.performance import sparse_cost
 from hpccomm.performance.cost import predict
 from hpccomm.performance.machine import Machine
@@ -153,14 +153,17 @@ CHOSEN = [
 """Nodes, ranks on each, elements, bytes of an element in a message of 0.1 %, path."""
 
 
-@pytest.mark.parametrize("beta", [0.084, 0.112], ids="{:g} us a byte".format)
+@pytest.mark.parametrize(
+    ("intra", "inter"),
+    [(SHARED_MEMORY, Link(25.0, 0.084)), (SHARED_MEMORY, Link(25.0, 0.112)), (Link(0.0, 0.0), Link(3000.0, 0.1))],
+    ids=["nominal", "fitted on a busy machine", "fitted without shared memory"],
+)
 @pytest.mark.parametrize(("nodes", "per_node", "n", "width", "path"), CHOSEN)
 def test_at_100_mbit_whole_vectors_are_added_in_nodes_only_where_that_saves_more_than_it_costs(
-    nodes: int, per_node: int, n: int, width: int, path: str, beta: float
+    nodes: int, per_node: int, n: int, width: int, path: str, intra: Link, inter: Link
 ) -> None:
-    """By the nominal rate, and by that which was fitted on a busy machine."""
-    slow = Machine(inter=Link(25.0, beta))
-    assert choose_path(Ranks(nodes, per_node, slow), n, round(width * 0.001 * n), round(0.001 * n)) == path
+    comm = Ranks(nodes, per_node, Machine(intra, inter))
+    assert choose_path(comm, n, round(width * 0.001 * n), round(0.001 * n)) == path
 
 
 def test_on_uneven_nodes_no_messages_are_passed_on() -> None:

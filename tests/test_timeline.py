@@ -116,29 +116,36 @@ def test_a_call_carries_its_bytes(traced: tuple[Path, dict[str, Any]]) -> None:
 
 SLOWED = 3
 SLOWED_TRAINING = f"""
-import pathlib, sys, time
+import os, pathlib, sys, time
 from hpccomm.__main__ import main
+from hpccomm.observe.flight_recorder import open_ring
 from hpccomm.observe.timeline import part
 from hpccomm.train import networks
 from mpi4py import MPI
 
 rank, learn, steps, folder = MPI.COMM_WORLD.rank, networks.Perceptron.learn, [], pathlib.Path(sys.argv.pop(1))
 
+def waits(other):
+    file = folder / f"{{other}}-{{len(steps)}}"
+    pid = file.read_text() if file.exists() else ""
+    with open_ring(int(pid or 0)) as ring:
+        return ring is not None and bool(ring.running())
+
 def slowed(*args):
     loss = learn(*args)
     steps.append(loss)
-    (folder / f"{{rank}}-{{len(steps)}}").touch()
-    while rank == {SLOWED} and not all((folder / f"{{r}}-{{len(steps)}}").exists() for r in range({SLOWED})):
-        time.sleep(0.001)
+    (folder / f"{{rank}}-{{len(steps)}}").write_text(str(os.getpid()))
     if rank == {SLOWED}:
+        while not all(map(waits, range({SLOWED}))):
+            time.sleep(0.001)
         with part("slowed"):
-            time.sleep(0.3)  # the others are in the exchange meanwhile
+            time.sleep(0.05)
     return loss
 
 networks.Perceptron.learn = slowed
 sys.exit(main(sys.argv[1:]))
 """
-"""``hpccomm train`` in which one rank finishes each gradient after all others."""
+"""``hpccomm train`` in which one rank finishes each gradient when all others are in the exchange."""
 
 
 @pytest.mark.slow

@@ -53,7 +53,8 @@ def measure_share(comm: Any, call: Callable[[], Any]) -> float:
     before, began = getrusage(RUSAGE_SELF), time.monotonic()
     call()
     waited, after = time.monotonic() - began, getrusage(RUSAGE_SELF)
-    assert comm.rank == 0 or waited > 0.3
+    if comm.rank and waited < 0.3:  # this rank came late itself
+        return float("inf")
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return (used - POLLING) / (waited - POLLING) if comm.rank else 0.0
 

@@ -69,8 +69,8 @@ class BetweenNodes:
         await_request(self._comm.Iallgather(send, recv), check=partial(self.check_departures, call))
 
     def check_departures(self, call: Fingerprint | None) -> None:
-        """Raise if a rank has left the program without ``call``; one may leave after it."""
-        rank = self._table.find_departure()
+        """Raise if a rank has left the program without ``call``; one may leave after it, or by an error of it."""
+        rank = self._table.find_departure(entered=True)
         if rank is not None:
             raise MismatchError(self._table.explain_departure(rank, call))
 

@@ -498,6 +498,10 @@ class ConsistencyTable:
         last = self.count_left(row)
         return last - (last > 0 and self._words[row + FAILED] == last)
 
+    def count_entered(self, row: int) -> int:
+        """How many calls a rank has entered."""
+        return abs(self._words[row + STATUS])
+
     def is_ahead(self) -> bool:
         """Whether a member that runs has not left the last call of this rank yet."""
         last, words = self.count_completed(self._base), self._words
@@ -563,15 +567,19 @@ class ConsistencyTable:
         gone = self.find_departure()
         return self.explain_issue_after(call) if gone is None else self.explain_departure(gone, call)
 
-    def find_departure(self) -> int | None:
-        """A rank that has left the program without the current call, as far as this node knows."""
-        calls, rank = min([*self._list_left(), *self._list_elsewhere()], default=(self._seq, 0))
+    def find_departure(self, entered: bool = False) -> int | None:
+        """A rank that has left the program without the current call, as far as this node knows.
+
+        It has not completed it; with ``entered`` one of this node has not even entered it.
+        """
+        calls, rank = min([*self._list_left(entered), *self._list_elsewhere()], default=(self._seq, 0))
         return rank if calls < self._seq else None
 
-    def _list_left(self) -> list[tuple[int, int]]:
-        """Calls completed, and rank, of those of this node that have left the program."""
+    def _list_left(self, entered: bool = False) -> list[tuple[int, int]]:
+        """Calls completed, or entered, and rank, of those of this node that have left the program."""
         rows = [(k * self._stride, rank) for k, rank in enumerate(self.members)]
-        return [(self.count_completed(row), rank) for row, rank in rows if self._words[row + LEFT]]
+        count = self.count_entered if entered else self.count_completed
+        return [(count(row), rank) for row, rank in rows if self._words[row + LEFT]]
 
     def _list_elsewhere(self) -> list[tuple[int, int]]:
         """The same of ranks of other nodes, by the messages of those."""

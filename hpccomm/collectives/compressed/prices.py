@@ -63,7 +63,10 @@ class Place(NamedTuple):
         if name == ALL:
             return self
         even = self._replace(counted=0)
-        return even._replace(nodes=1) if name == IN_NODE else even._replace(per_node=1)
+        if name == BETWEEN_NODES:
+            return even._replace(per_node=1)
+        moving = Link(self.intra.alpha, max(self.intra.beta, self.gamma))  # a fit to slow links says little of memory
+        return even._replace(nodes=1, intra=moving)
 
     @property
     def has_nodes(self) -> bool:
