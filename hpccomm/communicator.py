@@ -10,7 +10,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from hpccomm.calls.buffers import hold, pad_last, read_integers
 from hpccomm.calls.consistency import error_reports
 from hpccomm.calls.entry import FREED, Doors, Key, refuse
 from hpccomm.calls.fingerprint import Fingerprint
-from hpccomm.calls.makers import MAKERS, agree_on_nothing, check_groups, describe_making
+from hpccomm.calls.makers import MAKERS, describe_making
 from hpccomm.calls.plans import KEPT as KEPT_BUFFERS
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.calls.reader import is_in_place
@@ -54,29 +55,40 @@ PICKLES = ("mpi4py", "auto")
 
 
 def keep_ours(native: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of mpi4py that makes a communicator; the communicator is then one of ours.
-
-    One that all ranks call is compared, and recorded, so that the watchdog reports which of them are missing; so is
-    that of a group, without a comparison.  A server waits in Accept as long as it must.
-    """
+    """A method of mpi4py that makes a communicator; the communicator is then one of ours."""
     name = native.__name__
+    begin = compare_making if name in MAKERS else watch_group
 
     @wraps(native)
     def method(self: Communicator | Intercomm, *args: Any, **named: Any) -> Any:
-        context = getattr(self, "_context", None)
-        if context is None or name not in (*MAKERS, "Create_group"):
-            return adopt(native(self, *args, **named), self)
-        if name == "Create_group":
-            group = args[0] if args else named["group"]
-            with watch_making(find_world_ranks(group), group.rank, name):
-                return adopt(native(self, *args, **named), self)
-        fingerprint = describe_making(name, args, named)
-        check = check_groups(self, *args, **named) if name == "Create" else agree_on_nothing
-        with context.call(name, inside=True):
-            context.compare_making(fingerprint, check)
+        with begin(self, name, args, named):
             return adopt(native(self, *args, **named), self)
 
     return method
+
+
+@contextmanager
+def compare_making(comm: Any, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
+    """Compare a maker that all ranks call, and record it, so that the watchdog reports which of them are missing.
+
+    Create_intercomm also waits for the other group, as long as it must: only its comparison is recorded.
+    """
+    context: Context | None = getattr(comm, "_context", None)
+    if context is not None:
+        with context.call(name, inside=True):
+            context.compare_making(name, partial(describe_making, comm, name, args, named))
+            if name != "Create_intercomm":
+                yield
+                return
+    yield
+
+
+def watch_group(comm: Any, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Let the watchdog report which ranks of a group are missing in Create_group; others wait as long as they must."""
+    group = args[0] if args else named.get("group")
+    if name == "Create_group" and isinstance(group, MPI.Group) and group:
+        return watch_making(find_world_ranks(group), group.rank, name)
+    return nullcontext()
 
 
 def adopt(made: Any, parent: Communicator | Intercomm) -> Any:

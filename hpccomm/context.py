@@ -25,8 +25,9 @@ from hpccomm import first_use, layout
 from hpccomm.backends.schedules import Schedules
 from hpccomm.backends.shared_memory import SharedMemory
 from hpccomm.calls import between_nodes, consistency, watchdog
-from hpccomm.calls.entry import Doors, Entry
+from hpccomm.calls.entry import FREED, Doors, Entry
 from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, mismatch_message
+from hpccomm.calls.makers import Check
 from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.hierarchical import HIERARCHICAL, Form, select_form
@@ -265,10 +266,14 @@ class Context:
         """
         if self.stage:
             return
-        if self.closed:
-            raise ArgumentError(f"rank {self.rank}: {name}: the communicator has been freed: make a new one")
+        self.check_open(name)
         self.run_together(Fingerprint(name), self.set_up, always=True)
         self.stage = 1
+
+    def check_open(self, name: str) -> None:
+        """Raise if the communicator has been freed, as by another :class:`hpccomm.Communicator` of the same handle."""
+        if self.closed:
+            raise ArgumentError(f"rank {self.rank}: {name}: {FREED}")
 
     def run_together(
         self, fingerprint: Fingerprint, body: Callable[[], None], always: bool = False, settles: bool = True
@@ -286,15 +291,23 @@ class Context:
             table.wait()
             body()
 
-    def compare_making(self, fingerprint: Fingerprint, check: Callable[[MPI.Intracomm], None]) -> None:
-        """Compare a call that makes a communicator, before MPI makes it; ``check`` compares more (collective).
+    def compare_making(self, name: str, describe: Callable[[], tuple[Fingerprint, Check | None]]) -> None:
+        """Compare a call that makes a communicator, before MPI makes it (collective).
 
-        A communicator that is out of step is not compared: a program makes a new one from it to go on.
+        ``describe()`` returns its fingerprint and what compares more; where that fails, so does mpi4py's method, which
+        says why.  A communicator that is out of step is not compared: a program makes a new one from it to go on.
         """
+        self.check_open(name)
         if self.queue:
             self.queue.drain()
-        if self.consistency and not self.consistency.is_out_of_step:
-            self.run_together(fingerprint, partial(check, self.private_comm), always=True, settles=False)
+        if self.consistency is None or not self.has_all_tables or self.consistency.is_out_of_step:
+            return
+        try:
+            fingerprint, check = describe()
+        except Exception:
+            return
+        compare_more = (lambda: check(self.private_comm)) if check else (lambda: None)
+        self.run_together(fingerprint, compare_more, always=True, settles=False)
 
     def set_up(self) -> None:
         """Make shared memory, unless its functions must be compiled first (collective)."""
@@ -324,8 +337,8 @@ class Context:
         """The number of elements of every rank of a Reduce_scatter without counts (collective)."""
         counts = np.empty(self.size, np.int64)
         own = np.array([elements], np.int64)
-        exchange = partial(self.private_comm.Allgather, own, counts)
-        self.run_together(Fingerprint("Reduce_scatter without recvcounts"), exchange)
+        name = "Reduce_scatter without recvcounts"
+        self.run_together(Fingerprint(name), lambda: self.private_comm.Allgather(own, counts))
         return tuple(counts.tolist())
 
     def open_consistency_tables(self) -> None:

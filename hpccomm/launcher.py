@@ -297,8 +297,8 @@ def trace_into(file: Path | None) -> dict[str, str]:
     """The variable that makes ranks write a trace; raises ArgumentError for a file that cannot be written."""
     if file is None:
         return {}
-    existed = file.exists()
     try:
+        existed = file.exists()
         with file.open("ab"):
             pass
         if not existed:

@@ -91,6 +91,7 @@ def compare_objects(name: str) -> Any:
 
     def compare(self: Any, code: int, op: Any, root: Any, args: Any, named: Any) -> Any:
         context, planner, results = self.context, self._planner, list[Any]()
+        context.check_open(name)
         table, kind = context.consistency, self._read_kind(code)
         if "root" in form.arguments:
             root = planner.reader.check_root(root, f"rank {self.rank}: {name}")

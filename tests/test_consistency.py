@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -16,6 +19,7 @@ from hpccomm.calls import consistency
 from hpccomm.calls.between_nodes import BetweenNodes
 from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.consistency import ConsistencyTable
+from hpccomm.calls.departures import Farewell
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
 from hpccomm.calls.reports import Reports
 from hpccomm.errors import MismatchError, TransportError
@@ -361,36 +365,88 @@ def test_ranks_of_several_nodes_wait_for_none_that_has_left_before_the_call(node
         between.check_departures(SUM)
 
 
+TAG = 7
+
+
+class Request:
+    """A send that has not completed."""
+
+
+class Wire:
+    """A communicator that keeps what is sent, and has messages of rank 2 to be received: tag and content."""
+
+    def __init__(self) -> None:
+        self.sent, self.under_way = list[tuple[int, int]](), weakref.WeakSet[Request]()
+        self.arrived: list[tuple[int, list[Any]]] = []
+
+    def Isend(self, spec: list[Any], rank: int, tag: int) -> Request:
+        self.sent.append(tuple(json.loads(spec[0])))
+        self.under_way.add(request := Request())
+        return request
+
+    def Iprobe(self, status: MPI.Status) -> bool:
+        for tag, content in self.arrived[:1]:
+            status.source, status.tag = 2, tag
+            status.Set_elements(MPI.BYTE, len(json.dumps(content)))
+        return bool(self.arrived)
+
+    def Recv(self, spec: list[Any], source: int, tag: int) -> None:
+        spec[0][:] = json.dumps(self.arrived.pop(0)[1]).encode()
+
+
 def test_a_node_that_leaves_tells_the_next_one_who_has_made_the_fewest_calls(node: MakeTables) -> None:
     first, second, third = node(3)
-    told: list[tuple[int, int]] = []
+    wire = Wire()
     for each in (first, second, third):
-        each.tell_departure = lambda *departure: told.append(departure)
+        each.tell_departure = Farewell(wire, receiver=3, tag=TAG)
     for each in (first, first, second, second, third):
         each.enter(each.announce(SUM))
         each.leave()
     second.mark_left()
     first.mark_left()
     first.mark_left()
-    assert told == [(1, 2), (0, 2)], "the lowest rank of equal ones, and nobody twice"
+    assert wire.sent == [(1, 2), (0, 2)], "the lowest rank of equal ones, and nobody twice"
     third.note_departure(7, 1)
     third.note_departure(9, 5)
     assert third.find_departure() is None, "both have left after the last call of this rank"
     third.enter(third.announce(SUM))
     assert third.deadlock_reason() == f"rank 7 has left the program, rank 2 waits in {SUM}: make all ranks call it"
     third.mark_left()
-    assert told[2:] == [(2, 1)]
+    assert wire.sent[2:] == [(2, 1)]
 
 
-def test_a_node_that_leaves_tells_what_the_one_before_it_has_told(node: MakeTables) -> None:
-    tables, told = node(2), list[tuple[int, int]]()
-    tables[0].tell_departure = lambda *departure: told.append(departure)
+@pytest.mark.parametrize(
+    ("arrived", "sent"),
+    [
+        ([], [(0, 1)]),
+        ([(3, 1)], [(0, 1)]),
+        ([(5, 0)], [(5, 0)]),
+        ([(5, 0), (4, 2)], [(5, 0)]),
+        ([(2, 1)], []),
+    ],
+)
+def test_a_node_that_leaves_tells_what_it_has_been_told_unless_the_receiver_has_left(
+    node: MakeTables, arrived: list[tuple[int, int]], sent: list[tuple[int, int]]
+) -> None:
+    """Also what has arrived without a watchdog that received it, as at the end of a program; other messages end."""
+    tables, wire = node(2), Wire()
     for each in tables:
         each.enter(each.announce(SUM))
         each.leave()
-    tables[1].note_departure(5, 0)
+    for departure in arrived[:1]:
+        tables[1].note_departure(*departure)
+    wire.arrived += [(TAG, list(each)) for each in arrived[1:]] + [(TAG + 1, [9, [0]])]
+    tables[0].tell_departure = Farewell(wire, receiver=2, tag=TAG)
     tables[0].mark_left()
-    assert told == [(5, 0)]
+    assert (wire.sent, wire.arrived) == (sent, [])
+
+
+def test_what_mpi_still_sends_lives_as_long_as_the_table(node: MakeTables) -> None:
+    (table,), wire = node(1), Wire()
+    table.tell_departure = Farewell(wire, receiver=1, tag=TAG)
+    table.mark_left()
+    gc.collect()
+    assert len(wire.under_way) == 1, "the request, and so its buffer"
 
 
 def test_missing_ranks_are_those_that_have_not_entered(node: MakeTables) -> None:

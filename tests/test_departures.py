@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import time
 
 import pytest
 
@@ -29,9 +28,7 @@ STALL_SECONDS, SOON_SECONDS = 500.0, 120.0
 def run_job(ranks: int, body: str) -> tuple[int, str]:
     """Exit status and output of a job on nodes of two ranks; ``last``: the rank is on the last node."""
     program = f"import os; os.environ['HPCCOMM_STALL_SECONDS'] = '{STALL_SECONDS}'" + SETUP + textwrap.dedent(body)
-    began = time.monotonic()
     done = run_under_mpi(ranks, "-c", program, timeout=SOON_SECONDS)
-    assert time.monotonic() - began < SOON_SECONDS
     return done.returncode, done.stdout + done.stderr
 
 
@@ -74,6 +71,8 @@ ENDS = {
     "the last node first": "comm.Barrier(); time.sleep(0 if last else 1)",
     "the last node last": "comm.Barrier(); time.sleep(1 if last else 0)",
     "a root that does not wait": "comm.Bcast(x, comm.size - 1); time.sleep(0 if last else 1); comm.bcast(1, 0)",
+    "a root whose node has left": "comm.Barrier(); time.sleep(0 if last else 2); comm.Bcast(x, comm.size - 1)",
+    "a root of objects whose node has left": "comm.Barrier(); time.sleep(0 if last else 2); comm.bcast(1, 3)",
     "communicators of parts": "part = comm.Split(int(last)); time.sleep(0 if last else 1); part.Allreduce(x, y)",
     "a communicator that was freed": "other = comm.Dup(); other.Barrier(); other.Free(); time.sleep(0 if last else 1)",
     "exit handlers": "atexit.register(comm.Barrier); time.sleep(0 if last else 1)",

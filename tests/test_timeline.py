@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -212,6 +213,15 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_start(tmp_path: Pat
     for path in (tmp_path / "no" / "x.json", tmp_path):
         with pytest.raises(ArgumentError, match="name a file in a folder that exists"):
             trace_into(path)
+
+
+def test_a_file_in_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **named: Any) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(ArgumentError, match="Permission denied: name a file in a folder that exists"):
+        trace_into(tmp_path / "x.json")
 
 
 # --- without MPI -----------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Compares the calls of ranks of several nodes by a small message, before calls that MPI's own algorithms make.
 
 *p ranks; seq the number of the call.*  Ranks of one node compare every call in shared memory.  Ranks of several nodes
-compare the first call of a communicator and then every 64th; with ``HPCCOMM_DEBUG=detail`` every call.  All ranks
-gather number and digest of all ranks' calls, so all of them see the same differences and raise the same error; then,
-where blocks may have any length, every two ranks exchange how many bytes one sends and the other receives.
+compare the calls that make a communicator (:mod:`hpccomm.calls.makers`), the first other call and then every 64th;
+with ``HPCCOMM_DEBUG=detail`` every call.  All ranks gather number and digest of all ranks' calls, so all of them see
+the same differences and raise the same error; then, where blocks may have any length, every two ranks exchange how
+many bytes one sends and the other receives.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from hpccomm.calls.fingerprint import (
     TEXT_BYTES,
     Fingerprint,
     decode,
-    first_difference,
+    find_difference,
     format_ranks,
     mismatch_message,
 )
+from hpccomm.calls.makers import MAKERS
 from hpccomm.errors import MismatchError
 from hpccomm.kernels.entry.records import DIGEST_BITS
 from hpccomm.transports.polling import await_request
@@ -42,10 +44,12 @@ class BetweenNodes:
         self._comm, self._table, self.mask = comm, table, mask
         self._me = comm.rank
         self._compatible: set[bytes] = set()
+        self._has_compared = False
+        """Whether a call that is no maker has been compared, without an error: the same on all ranks."""
 
     def takes(self, seq: int, always: bool = False) -> bool:
         """Whether a call is compared, or one of those that ``always`` are; the same on all ranks."""
-        return self.mask >= 0 and (always or seq == 1 or not seq & self.mask)
+        return self.mask >= 0 and (always or not self._has_compared or not seq & self.mask)
 
     def compare(self, entry: int, call: Fingerprint | None, amounts: Amounts | None) -> None:
         """Compare a call with those of all ranks (collective); all ranks raise if one differs."""
@@ -58,6 +62,7 @@ class BetweenNodes:
             self._compatible.add(digests.tobytes())
         if amounts is not None:
             self._compare_amounts(amounts)
+        self._has_compared = self._has_compared or (call is not None and call.collective not in MAKERS)
 
     def _gather(self, send: Any, recv: Any, call: Fingerprint | None) -> None:
         """Gather before ``call``, and sleep while ranks are missing; raise if one can never come."""
@@ -76,8 +81,7 @@ class BetweenNodes:
         texts = np.empty((size, TEXT_BYTES), np.uint8)
         self._gather(np.frombuffer(octets, np.uint8), texts, call)
         calls = {rank: decode(each.tobytes()) for rank, each in enumerate(texts)}
-        known = [each for each in calls.values() if each]
-        if any(first_difference(a, b) for a in known for b in known[:1]):
+        if find_difference(calls.values()):
             raise MismatchError(mismatch_message(calls, self._me))
         if (numbers != numbers[0]).any():
             groups = {number: np.flatnonzero(numbers == number).tolist() for number in sorted(set(numbers.tolist()))}

@@ -21,13 +21,14 @@ import numpy as np
 from mpi4py import MPI
 
 from hpccomm.calls.blocks import OBJECT_SIGNATURES, Amounts
-from hpccomm.calls.departures import Departure
+from hpccomm.calls.departures import Departure, Farewell
 from hpccomm.calls.fingerprint import (
     REMEDIES,
     TEXT_BYTES,
     UNKNOWN,
     Fingerprint,
     decode,
+    find_difference,
     first_difference,
     mismatch_message,
 )
@@ -111,15 +112,15 @@ class ConsistencyTable:
         """By digest: those of calls without a count, and the templates of all others."""
         self._counted: OrderedDict[int, Fingerprint] = OrderedDict()
         """The last :data:`COUNTED` with a count, of which a program may use any number."""
-        self._compatible: set[tuple[int, int]] = set()
+        self._compatible: set[tuple[int, int] | frozenset[int]] = set()
         self.progress: Callable[[], Any] = lambda: None
         """Lets MPI make progress with pending messages."""
         self.last_shared_call: Callable[[int], tuple[int, int]] = lambda k: (0, 0)
         """Number and fingerprint of member k's last call in shared memory, which has no entry here."""
         self.between: Any = None
         """Compares calls between nodes (:class:`hpccomm.calls.between_nodes.BetweenNodes`), if there are several."""
-        self.tell_departure: Callable[[int, int], None] | None = None
-        """Tells another node which rank has left, and after how many calls, if there are several nodes."""
+        self.tell_departure: Farewell | None = None
+        """Tells another node which rank has left, if there are several nodes."""
         self.entered = EnteredCall(self, self.leave, lambda: None)
         """Around the calls that are entered and left by :meth:`enter` or :meth:`begin` and :meth:`leave`."""
         self.met = 0
@@ -362,6 +363,17 @@ class ConsistencyTable:
                         self.raise_if_refused(peer, rank)
         self._complete(amounts)
         self.compare_entries()
+        self.compare_others()
+
+    def compare_others(self) -> None:
+        """Raise if two members have entered calls that contradict each other, though neither contradicts this one's."""
+        slot = self._seq % CALLS
+        digests = frozenset(self._words[k * self._stride + slot] & DIGEST_MASK for k in range(len(self.members)))
+        if len(digests) <= 2 or digests in self._compatible:
+            return
+        if find_difference(self.list_calls(self._seq).values()):
+            raise MismatchError(self.explain())
+        self._compatible.add(digests)
 
     def _complete(self, amounts: Amounts | None) -> None:
         """Write the amounts of this call, if all members are in reach and :meth:`begin` has not."""
@@ -516,8 +528,7 @@ class ConsistencyTable:
     def explain_refusal(self, seq: int, rank: int) -> str:
         """The error sentence for a call that this rank has completed and another one refuses."""
         calls, reason = self.list_calls(seq), self.read_reason(rank)
-        known = [each for each in calls.values() if each]
-        if self._me in calls and any(first_difference(known[0], each) for each in known):
+        if self._me in calls and find_difference(calls.values()):
             reason = mismatch_message(calls, self._me)
         return f"rank {self._me}: the ranks' calls were different in one that this rank has completed: {reason}"
 
@@ -571,15 +582,15 @@ class ConsistencyTable:
         return [(count(row), rank) for row, rank in rows if self._words[row + LEFT]]
 
     def _list_elsewhere(self) -> list[tuple[int, int]]:
-        """The same of ranks of other nodes, as those have told."""
-        told = [self._words[k * self._stride + ELSEWHERE] for k in range(len(self.members))]
-        return [divmod(each - 1, MOST_RANKS) for each in told if each]
+        """The same of ranks of other nodes, by the messages of those."""
+        words = [self._words[k * self._stride + ELSEWHERE] for k in range(len(self.members))]
+        return [divmod(each - 1, MOST_RANKS) for each in words if each]
 
     def note_departure(self, rank: int, calls: int) -> None:
         """Note that a rank of another node has left the program after so many calls."""
         known = self._words[self._base + ELSEWHERE]
-        told = calls * MOST_RANKS + rank + 1
-        self._words[self._base + ELSEWHERE] = min(known, told) if known else told
+        word = calls * MOST_RANKS + rank + 1
+        self._words[self._base + ELSEWHERE] = min(known or word, word)
 
     def check_stall(self, word: int, seconds: float, find_missing: Callable[[], list[int]]) -> None:
         """Check a call in shared memory that waits for some members: raise if they can never enter it.
@@ -747,14 +758,19 @@ class ConsistencyTable:
     def mark_left(self) -> None:
         """Tell the other ranks that this rank makes no more calls.
 
-        Another node is told unless a rank of this one has told it so: one that has left before, after no more calls.
+        The next node is told, unless a rank of this one has done so, which has left before after no more calls, or the
+        rank that would receive it has left.
         """
         with contextlib.suppress(ValueError):
             self._words[self._base + LEFT] = 1
-            tell, self.tell_departure = self.tell_departure, None
-            first = min(here := self._list_left())
-            if tell and first[1] == self._me:
-                calls, rank = min([*here, *self._list_elsewhere()])
+            tell = self.tell_departure
+            if tell is None:
+                return
+            for rank, calls in tell.receive():
+                self.note_departure(rank, calls)
+            here, elsewhere = self._list_left(), self._list_elsewhere()
+            if min(here)[1] == self._me and all(rank != tell.receiver for _, rank in elsewhere):
+                calls, rank = min([*here, *elsewhere])
                 tell(rank, calls)
 
 

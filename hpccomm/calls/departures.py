@@ -1,7 +1,8 @@
 """The end of a process, seen by the others: a rank that leaves the program, and a launcher that is gone.
 
 Ranks of one node see in shared memory who has left.  Where all ranks of a node leave, no rank there can notice that
-others wait: a rank that leaves tells the next node, whose ranks then do.  That is one message of a node, when it ends.
+others wait: a rank that leaves tells the next node, whose ranks then do.  Those are one or two messages of a node for
+each communicator that it has not freed when it ends.
 """
 
 from __future__ import annotations
@@ -33,18 +34,31 @@ class Departure:
 class Farewell:
     """Tells the first rank of the next node, without waiting, which rank has left with the fewest calls.
 
-    Python may have cleared modules by then, so what it takes is kept here.
+    ``receiver`` is that rank, ``tag`` that of such messages on ``wire``.  Python may have cleared modules by then, so
+    what it takes is kept here, and what MPI still sends as long as the consistency table.
     """
 
-    def __init__(self, wire: MPI.Intracomm, rank: int, tag: int) -> None:
-        self._send, self._to, self._octets, self._is_over = wire.Isend, (rank, tag), MPI.BYTE, MPI.Is_finalized
+    def __init__(self, wire: MPI.Intracomm, receiver: int, tag: int) -> None:
+        self.receiver, self._tag, self._wire = receiver, tag, wire
+        self._status, self._type, self._is_over = MPI.Status(), MPI.BYTE, MPI.Is_finalized
         self._sent: Any = None
 
     def __call__(self, rank: int, calls: int) -> None:
-        """Send as JSON which rank has left, and after how many calls."""
-        if not self._is_over():
+        """Send once, as JSON, which rank has left and after how many calls."""
+        if self._sent is None and not self._is_over():
             content = f"[{rank}, {calls}]".encode()
-            self._sent = self._send([content, self._octets], *self._to), content
+            self._sent = self._wire.Isend([content, self._type], self.receiver, self._tag), content
+
+    def receive(self) -> list[tuple[int, int]]:
+        """Receive what has arrived, as MPI wants before it ends; returns who has left, and after how many calls."""
+        found = []
+        while not self._is_over() and self._wire.Iprobe(status=self._status):
+            octets = bytearray(self._status.Get_count(self._type))
+            self._wire.Recv([octets, self._type], self._status.source, self._status.tag)
+            if self._status.tag == self._tag:
+                rank, calls = octets.decode().strip("[]").split(",")
+                found.append((int(rank), int(calls)))
+        return found
 
 
 class Launchers:

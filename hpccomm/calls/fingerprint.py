@@ -6,6 +6,8 @@ Ranks whose fingerprints differ have made a mistake to which MPI itself responds
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
+from itertools import combinations
 from typing import NamedTuple
 
 from hpccomm.kernels.entry.records import COUNT_MASK, COUNT_PRIME, COUNT_SHIFT, DIGEST_MASK
@@ -107,15 +109,22 @@ def first_difference(a: Fingerprint, b: Fingerprint) -> str | None:
     return None
 
 
+def find_difference(calls: Iterable[Fingerprint | None]) -> str | None:
+    """The first field in which two of these calls contradict each other, if any; the first call's fields come first.
+
+    A field that is not compared contradicts nothing, so every two calls are compared.
+    """
+    known = dict.fromkeys(each for each in calls if each)
+    return next(filter(None, (first_difference(a, b) for a, b in combinations(known, 2))), None)
+
+
 def mismatch_message(calls: dict[int, Fingerprint | None], me: int) -> str:
     """The error sentence: the ranks, the call of each, and the remedy."""
     groups: dict[str, list[int]] = {}
     for rank, call in sorted(calls.items()):
         groups.setdefault("something else" if call is None else str(call), []).append(rank)
     parts = [f"{format_ranks(members)} called {call}" for call, members in groups.items()]
-    mine = calls[me]
-    fields = [first_difference(mine, other) for other in calls.values() if mine is not None and other is not None]
-    field = next((field for field in fields if field), "collective")
+    field = find_difference([calls[me], *calls.values()]) or "collective"
     return f"{', '.join(parts)}: {REMEDIES[field]} (noticed by rank {me})"
 
 

@@ -45,22 +45,29 @@ def describe_cart(dims: Any, periods: Any = None, reorder: bool = False) -> str:
 
 
 def describe_graph(index: Any, edges: Any, reorder: bool = False) -> str:
-    """The whole graph."""
-    return f"index={list_numbers(index)}, edges={list_numbers(edges)}, reorder={bool(reorder)}"
+    """The whole graph; mpi4py takes an index with a 0 in front as well."""
+    ends, neighbours = list_numbers(index), list_numbers(edges)
+    first = ends[:1] == [0] and ends[-1] == len(neighbours)
+    return f"index={ends[first:]}, edges={neighbours}, reorder={bool(reorder)}"
 
 
-def describe_edges(edges: Sequence[Any], weights: Any, reorder: bool) -> str:
+def has_edges(ranks: Any) -> bool:
+    """Whether an argument of ranks has some; None has none."""
+    return ranks is not None and np.size(ranks) > 0
+
+
+def describe_edges(edges: Any, weights: Any, reorder: bool) -> str:
     """Whether edges have weights, which a rank without edges need not tell, and whether ranks may be reordered."""
-    if not any(np.size(each) for each in edges):
+    if not has_edges(edges):
         return UNKNOWN
-    return f"{'no ' if weights is None else ''}weights, reorder={bool(reorder)}"
+    return f"{'no ' if weights is None or weights is MPI.UNWEIGHTED else ''}weights, reorder={bool(reorder)}"
 
 
 def describe_dist_graph(
     sources: Any, degrees: Any, destinations: Any, weights: Any = None, info: Any = None, reorder: bool = False
 ) -> str:
     """What ranks must agree on besides their edges."""
-    return describe_edges([destinations], weights, reorder)
+    return describe_edges(destinations, weights, reorder)
 
 
 def describe_adjacent(
@@ -72,8 +79,8 @@ def describe_adjacent(
     reorder: bool = False,
 ) -> str:
     """What ranks must agree on besides their edges."""
-    weights = sourceweights if np.size(sources) else destweights
-    return describe_edges([sources, destinations], weights, reorder)
+    own = (sources, sourceweights) if has_edges(sources) else (destinations, destweights)
+    return describe_edges(*own, reorder)
 
 
 def describe_type(split_type: int, key: int = 0, info: Any = None) -> str:
@@ -85,8 +92,8 @@ def describe_type(split_type: int, key: int = 0, info: Any = None) -> str:
 
 
 def describe_intercomm(local_leader: int, peer_comm: Any, remote_leader: int, tag: int = 0) -> str:
-    """What the ranks of one side must agree on; the rest is the leader's."""
-    return f"local_leader={local_leader}, tag={tag}"
+    """What the ranks of one side must agree on; the rest is read on the leader only."""
+    return f"local_leader={local_leader}"
 
 
 def describe_remaining(remain_dims: Any) -> str:
@@ -110,14 +117,16 @@ MAKERS = (*DUPLICATES, "Split", "Create", *ARGUMENTS)
 """Those that all ranks of a communicator call."""
 
 
-def describe_making(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Fingerprint:
-    """The fingerprint of a maker's call."""
+def describe_making(
+    comm: MPI.Intracomm, name: str, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Fingerprint, Check | None]:
+    """The fingerprint of a maker's call, and what compares more than that says.
+
+    Raises an exception of any kind for arguments that mpi4py does not take.
+    """
     arguments = ARGUMENTS[name](*args, **named) if name in ARGUMENTS else ""
-    return Fingerprint(DUPLICATES.get(name, name), arguments=shorten(arguments))
-
-
-def agree_on_nothing(comm: MPI.Intracomm) -> None:
-    """The comparison of makers whose fingerprint says all."""
+    check = check_groups(comm, *args, **named) if name == "Create" else None
+    return Fingerprint(DUPLICATES.get(name, name), arguments=shorten(arguments)), check
 
 
 def check_groups(comm: MPI.Comm, group: MPI.Group) -> Check:

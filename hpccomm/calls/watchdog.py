@@ -267,8 +267,8 @@ class Group:
         return True
 
 
-class Makers(Group):
-    """The ranks of the world that make a communicator among which no other one of ours is: they share nothing yet."""
+class NewGroup(Group):
+    """The ranks of the world that are making a communicator of ours, which has no consistency table yet."""
 
     absent, why_silent = "in no communicator of hpccomm yet, or on another node", ""
 
@@ -363,8 +363,8 @@ class StallReport(Report):
     def summary(self, states: dict[int, State]) -> str:
         """Who waits, for how long, and who is missing."""
         event = self._event
-        unseen = [rank for rank, each in sorted(states.items()) if each.text == Makers.absent]
-        known = {rank: each for rank, each in states.items() if each.text not in (OTHER_NODE, Makers.absent)}
+        unseen = [rank for rank, each in sorted(states.items()) if each.text == NewGroup.absent]
+        known = {rank: each for rank, each in states.items() if each.text not in (OTHER_NODE, NewGroup.absent)}
         missing = [rank for rank, each in sorted(known.items()) if self.is_missing(each)]
         silent = [rank for rank, each in sorted(states.items()) if each.condition and rank not in missing]
         parts = [
@@ -548,13 +548,13 @@ def watch_making(ranks: Sequence[int], rank: int, name: str = "Communicator") ->
         yield
         return
     recorder().set_rank(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)
-    makers = Makers(ranks, rank)
-    watch(makers)
+    group = NewGroup(ranks, rank)
+    watch(group)
     try:
-        with Call(makers.comm, name, inside=True):
+        with Call(group.comm, name, inside=True):
             yield
     finally:
-        makers.close()
+        group.close()
 
 
 def find_world_ranks(of: MPI.Intracomm | MPI.Group) -> Sequence[int]:
