@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import harness, node
 from hpccomm.bench.plot import COLOURS, format_bytes
 
 FOLDER = Path(__file__).parent.parent / "docs"
@@ -26,8 +26,9 @@ INK = "#808080"
 def allreduce_ratios(file: Path) -> dict[int, list[float]]:
     """Open MPI's time over ours, launch by launch, by bytes."""
     times: dict[tuple[int, int], dict[str, float]] = defaultdict(dict)
-    for row in json.loads(file.read_text())["rows"]:
-        times[row["bytes"], row["round"]][row["contender"]] = row["p50_us"]
+    for one in node.read_rounds(file):
+        for row in one["times"]:
+            times[row["bytes"], one["round"]][row["contender"]] = row["p50_us"]
     found: dict[int, list[float]] = defaultdict(list)
     for (nbytes, _), one in sorted(times.items()):
         if {"Open MPI", "auto on Open MPI"} <= set(one):

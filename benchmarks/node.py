@@ -155,6 +155,12 @@ def read_old_form(data: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def read_rounds(file: Path) -> list[dict[str, Any]]:
+    """The rounds of a file of results, of either form."""
+    data = json.loads(file.read_text())
+    return [*read_old_form(data), *data.get("records", [])]
+
+
 def rounds_of(rows: Sequence[dict[str, Any]]) -> Rounds:
     """Times and bandwidth of each round."""
     return [

@@ -8,14 +8,13 @@ After ``scripts/bench node --rounds 5 --ranks 2,4`` and ``scripts/bench programs
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-from benchmarks import glance
+from benchmarks import glance, node
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/index.md")
@@ -34,8 +33,9 @@ SIZES = (4, 16 << 10, 64 << 20)
 def medians(ranks: int) -> dict[tuple[int, str], float]:
     """The median of the launches' medians in µs, by bytes and contender."""
     times: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for row in json.loads((glance.FOLDER / "measurements" / glance.FILES[ranks]).read_text())["rows"]:
-        times[row["bytes"], row["contender"]].append(row["p50_us"])
+    for one in node.read_rounds(glance.FOLDER / "measurements" / glance.FILES[ranks]):
+        for row in one["times"]:
+            times[row["bytes"], row["contender"]].append(row["p50_us"])
     return {key: median(each) for key, each in times.items()}
 
 
