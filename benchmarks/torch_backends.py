@@ -14,8 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,6 +33,17 @@ from hpccomm.train.torch_networks import GPT, gpt_loss
 
 BUDGET_S = 0.02
 """Time of a measurement, which decides how often a call is repeated."""
+LOADER = """
+import time
+import numpy as np
+numbers = np.random.default_rng(0)
+while True:
+    began = time.perf_counter()
+    images = numbers.integers(0, 256, (64, 32, 32, 3), np.uint8)[:, ::-1].astype(np.float32)
+    np.save("/dev/null", (images - images.mean()) / images.std())
+    time.sleep(time.perf_counter() - began)
+"""
+"""A data loader's worker: it makes batches for half of the time, and waits for its consumer for the other half."""
 
 
 def calls(group: Any, length: int, ranks: int) -> dict[str, Callable[[], Any]]:
@@ -112,6 +126,18 @@ def draw(launches: list[list[dict[str, Any]]], out: Path) -> None:
     harness.save(figure, out)
 
 
+@contextmanager
+def data_loaders(workers: int) -> Iterator[None]:
+    """Run so many workers of data loaders beside."""
+    running = [subprocess.Popen([sys.executable, "-c", LOADER]) for _ in range(workers)]
+    try:
+        yield
+    finally:
+        for each in running:
+            each.kill()
+            each.wait()
+
+
 def null_ratios(row: dict[str, Any]) -> list[float]:
     """The second group's time by the first one's, round by round."""
     return harness.ratios(row["seconds"]["null"], row["seconds"]["hpccomm"])
@@ -120,7 +146,8 @@ def null_ratios(row: dict[str, Any]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--largest", type=int, default=64 << 20, help="bytes of the longest vector")
+    parser.add_argument("--largest", type=int, default=64 << 20, help="bytes of the longest vector, up to 256 MB")
+    parser.add_argument("--loaders", type=int, default=0, help="workers of data loaders that run beside, default none")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path, nargs="+", help="print the tables of these files and measure nothing")
     parser.add_argument("--plot", type=Path, help="with --page: draw the ratios of all sizes into this file")
@@ -134,24 +161,31 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group("hpccomm")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     groups = {"hpccomm": dist.new_group(), "null": dist.new_group(), "gloo": dist.new_group(backend="gloo")}
-    sizes = [4**k for k in range(1, 14) if 4**k <= args.largest]
-    results = []
-    for size in [*sizes, 0]:
+    sizes = [4**k for k in range(1, 15) if 4**k <= args.largest]
+    with data_loaders(args.loaders if rank == 0 else 0):
+        results = measure([*sizes, 0], groups, args.rounds)
+    if args.json and rank == 0:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+def measure(sizes: list[int], groups: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+    """The seconds of all calls, by size; 0 are steps of models."""
+    results, rank, ranks = [], dist.get_rank(), dist.get_world_size()
+    for size in sizes:
         make = partial(calls, length=size // 4, ranks=ranks) if size else steps
         made = {name: make(group) for name, group in groups.items()}
         for name in made["gloo"]:
-            seconds = compare({group: made[group][name] for group in groups}, args.rounds)
+            seconds = compare({group: made[group][name] for group in groups}, rounds)
             results.append({"call": name, "bytes": size, "ranks": ranks, "seconds": seconds})
             if rank == 0:
                 middle = {group: median(each) for group, each in seconds.items()}
                 null, gain = middle["null"] / middle["hpccomm"], middle["gloo"] / middle["hpccomm"]
                 times = " ".join(f"{group} {each * 1e6:10.1f}" for group, each in middle.items())
                 print(f"{name:15}{size:>11} B  µs: {times}  null {null:5.2f}  gloo/hpccomm {gain:6.2f}", flush=True)
-    if args.json and rank == 0:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":

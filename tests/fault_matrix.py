@@ -37,7 +37,8 @@ launchers: MPICH's may tell that of a rank that it has killed itself."""
 WHEN = ("at", "inside")
 FROM_A_THREAD = ("kill", "exit")
 LATE_SECONDS, SOON_SECONDS = 0.4, 0.2
-"""How long after the fault the other ranks come where it comes inside the call, and when it comes."""
+"""Where a fault comes inside the call: how long after it, or after its time if it is an exception, the other ranks
+come, and when it comes."""
 HANG_SECONDS, ORPHAN_SECONDS = 60.0, 10.0
 
 

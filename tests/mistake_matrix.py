@@ -123,6 +123,11 @@ def is_named(said: str) -> bool:
     return bool(re.search(r"\brank 1\b|\branks (\d+, )*1\b", said))
 
 
+def is_missed(said: str) -> bool:
+    """Whether a watchdog's report names the odd rank as missing; it has a line for every rank."""
+    return bool(re.search(r"missing(?:, or on another node)?: ranks? (?:\d+, )*1\b", said))
+
+
 def make_call(comm: Any, cell: Cell, odd: bool, wait: Callable[[], None] = lambda: None) -> Callable[[], Any]:
     """The call of one rank; ``wait`` waits until the others have missed it."""
     import numpy as np
@@ -238,12 +243,15 @@ class Output:
         return [each.partition(f"cell {self.number}\n")[2] for each in texts]
 
     def wait_until_missed(self) -> None:
-        """Wait until another rank names this one from now on, or all others have left its cell."""
+        """Wait until another rank misses this one from now on, or all others have left its cell.
+
+        A late sentence on the cell before may name this rank, too.
+        """
         lengths, until = [len(each) for each in self.read_others()], time.monotonic() + LATE_SECONDS
         while time.monotonic() < until:
             texts = self.read_others()
-            named = any(is_named(text[length:]) for text, length in zip(texts, lengths, strict=True))
-            if named or all(f"left {self.number}\n" in text for text in texts):
+            missed = any(is_missed(text[length:]) for text, length in zip(texts, lengths, strict=True))
+            if missed or all(f"left {self.number}\n" in text for text in texts):
                 return
             time.sleep(0.02)
 

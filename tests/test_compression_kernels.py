@@ -577,6 +577,18 @@ def test_compiled_block_codes_equal_the_reference(n: int, block: int, top: int, 
         assert not np.isfinite(COMPILED.largest_of_sum(x, residual))
 
 
+@pytest.mark.parametrize("block", [256, 24])
+def test_compiled_block_codes_equal_the_reference_at_the_ends_of_float32(block: int) -> None:
+    largest = np.finfo(F32).max
+    x, residual = numbers(1000, 1), numbers(1000, 2)
+    x[300:600] = residual[300:600] = 0
+    for at, with_it in ((F32(3e38), F32(3e38)), (largest, F32(0)), (-largest, F32(1)), (largest, -largest)):
+        x[700], residual[700] = at, with_it
+        for rest in (None, residual):
+            agree("block_codes", x, rest, block, 127, np.full(1000, 7, F32))
+            agree("largest_of_sum", x, rest)
+
+
 def test_what_block_codes_lose_may_be_written_over_the_residual(kernels: SimpleNamespace) -> None:
     x, residual, apart = numbers(5000, 1), numbers(5000, 2), np.empty(5000, F32)
     wanted = kernels.block_codes(x, residual, 256, 127, apart)

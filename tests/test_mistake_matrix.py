@@ -16,7 +16,7 @@ import pytest
 from hpccomm.testing.jobs import start, stop
 
 sys.path.insert(0, str(Path(__file__).parent))
-from mistake_matrix import COLLECTIVES, Cell, all_cells, is_named
+from mistake_matrix import COLLECTIVES, Cell, all_cells, is_missed, is_named
 
 SILENT_SECONDS = 180.0
 """How long a job may make no progress before it counts as hanging: all ranks may compile on a loaded machine."""
@@ -36,6 +36,10 @@ WAITS_FOR_NOBODY = (
     "reduce",
 )
 """Collectives in which a rank that waits for the odd one may not exist, or may leave before it is late."""
+
+
+REPORT = re.compile(r"^.* not complete after .*\n(?:  .*\n)*", re.MULTILINE)
+"""A watchdog's report, which has a line for each rank, also for those that make no mistake."""
 
 
 class Outcome(NamedTuple):
@@ -108,9 +112,12 @@ def judge(number: int, outcome: Outcome) -> str:
     absent = cell.mistake in ("missing", "unstarted")
     if absent and cell.collective in WAITS_FOR_NOBODY and silent:
         return ""
-    if outcome.hung and not absent:  # a report of where all ranks are would name any
-        return f"hangs: {cell}: {told}"
-    return "" if is_named(told) else f"not named: {cell}: {told}"
+    if absent and is_missed(outcome.said):
+        return ""
+    if outcome.hung or silent:
+        return f"{'hangs' if outcome.hung else 'silent'}: {cell}: {told}"
+    errors = " ".join((*outcome.results, REPORT.sub("", outcome.said)))
+    return "" if is_named(errors) else f"not named: {cell}: {told}"
 
 
 def run_cells(folder: Path, numbers: list[int], ranks: int, per_node: int = 0) -> dict[int, Outcome]:

@@ -411,3 +411,27 @@ def test_an_exit_status_is_described_in_words(status: int, words: str) -> None:
 def test_a_job_that_takes_too_long_is_ended_with_its_ranks() -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         run_under_mpi(2, "-c", "import time; time.sleep(100)", timeout=4)
+
+
+REFUSES = """
+import sys
+from pathlib import Path
+file, times = Path(sys.argv[1]), int(sys.argv[2])
+launches = file.read_text() if file.exists() else ""
+file.write_text(launches + "x")
+if len(launches) < times:
+    sys.exit("The PMIx server's listener thread failed to start. We cannot\\ncontinue.")
+print("ran")
+"""
+
+
+@pytest.mark.parametrize(("times", "found"), [(0, (0, 1)), (1, (0, 2)), (2, (0, 3)), (9, (1, 3))])
+def test_a_launch_that_mpi_refuses_is_tried_again(
+    times: int, found: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher, count = tmp_path / "launcher.py", tmp_path / "count"
+    launcher.write_text(REFUSES)
+    monkeypatch.setenv("HPCCOMM_TEST_LAUNCHER", f"{sys.executable} {launcher} {count} {times}")
+    done = run_under_mpi(2, "-c", "")
+    assert (done.returncode, len(count.read_text())) == found
+    assert ("ran" in done.stdout) == (found[0] == 0)

@@ -246,19 +246,20 @@ def test_a_rank_that_comes_after_the_others_have_given_up_and_ended_is_told(
 ) -> None:
     """All ranks end alike.  Two seconds are the limit of the others, who have a second for the answer of rank 0.
 
-    Where the late rank waits for no time, it waits until the others have given up.
+    Where the late rank waits for no time, it waits until the others have given up and begin to end.
     """
     program = write(
         tmp_path,
         f"""
-import time
+import atexit, time
 from datetime import timedelta
 from pathlib import Path
 from mpi4py import MPI
 folder, rank = Path({str(tmp_path)!r}), MPI.COMM_WORLD.rank
+atexit.register((folder / f"{{rank}}.ending").touch)
 if rank == {late}:
     time.sleep({seconds})
-    while not {seconds} and len([*folder.glob("*.given-up")]) < 2:
+    while not {seconds} and len([*folder.glob("*.ending")]) < 2:
         time.sleep(0.01)
 began = time.monotonic()
 try:
@@ -268,7 +269,6 @@ try:
 except RuntimeError as error:
     assert time.monotonic() - began < 30
     sys.stdout.write(str(error).partition(": ")[2] + "\\n")
-    (folder / f"{{rank}}.given-up").touch()
 """,
     )
     done = run_under_mpi(3, program, timeout=100, environ=entry_point)

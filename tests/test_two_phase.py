@@ -355,3 +355,30 @@ def test_a_block_that_is_not_finite_is_skipped_on_all_ranks(bad: float, feedback
 def test_an_unknown_code_is_refused() -> None:
     with pytest.raises(ArgumentError, match="pass one of 'int8', 'e4m3', 'e5m2', 'mx', 'int4'"):
         hpccomm.block_mean(MPI.COMM_SELF, "int2")  # type: ignore[arg-type]
+
+
+def read_only(vector: Any) -> Any:
+    vector = vector.copy()
+    vector.flags.writeable = False
+    return vector
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda state: {"residual": read_only(state.residual)}, "the residual: the vector is read-only"),
+        (lambda state: {"residual": state.residual.astype("f8")}, "the residual: pass a flat contiguous float32"),
+        (lambda state: {"residual": np.zeros(20, "f4")[::2]}, "the residual: pass a flat contiguous float32"),
+        (lambda state: {"server": read_only(state.server)}, "the residual of the shard: the vector is read-only"),
+        (lambda state: {"server": state.server.astype("f2")}, "the residual of the shard: pass a flat contiguous"),
+        (lambda state: {"server": np.zeros(2, "f4"), "ranks": 4}, r"of 4 ranks, 3 exchange: .*for_ranks\(states"),
+    ],
+)
+def test_a_state_that_a_program_has_made_itself_is_read_before_it_is_written(change: Any, why: str) -> None:
+    def body(comm: Any) -> None:
+        method, weights = hpccomm.block_mean(comm), np.zeros(10, "f4")
+        state = method.init(weights)
+        with pytest.raises(ArgumentError, match=f"block_mean.*{why}"):
+            method.update(np.ones(10, "f4"), state._replace(**change(state)), weights)
+
+    run_on_ranks(3, body)

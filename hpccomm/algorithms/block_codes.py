@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from hpccomm.algorithms.agreement import as_communicator
-from hpccomm.algorithms.compression.format import check_flat
+from hpccomm.algorithms.compression.format import check_flat, check_writable
 from hpccomm.algorithms.error_feedback import LARGEST_SUM, all_ranks_true
 from hpccomm.algorithms.exchange import allreduce_bytes, exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import GroupSize, ShardedVector, Unsent
 from hpccomm.algorithms.transforms import ResidualTransform, Transform, Vector, check_choice, check_shape
 from hpccomm.collectives.compressed.two_phase import CODES, mean_by_nodes
+from hpccomm.collectives.schedule import even_cuts
+from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 
 if TYPE_CHECKING:
@@ -71,14 +73,28 @@ def block_mean(
     comm = as_communicator("block_mean", comm)
     check_choice("block_mean: code", code, tuple(CODES))
 
+    def length_of_shard(n: int) -> int:
+        cuts = even_cuts(n, comm.size)
+        return int(cuts[comm.rank + 1] - cuts[comm.rank])
+
     def init(weights: Vector) -> BlockMeanState:
         n = check_flat(weights, "block_mean").size if feedback else 0
-        shard = np.array_split(np.zeros(n, np.float32), comm.size)[comm.rank].copy()
+        shard = np.zeros(length_of_shard(n), np.float32)
         return BlockMeanState(np.zeros(n, np.float32), shard, 0, 0, ExchangeReport(), comm.size)
+
+    def check_state(state: BlockMeanState, weights: Vector) -> None:
+        check_shape("block_mean", state.residual, weights)
+        check_writable(state.residual, None, "block_mean: the residual")
+        if state.server.size != length_of_shard(weights.size):
+            raise ArgumentError(
+                f"block_mean: the state is of {state.ranks} ranks, {comm.size} exchange: "
+                "pass hpccomm.for_ranks(states, rank, size)"
+            )
+        check_writable(state.server, None, "block_mean: the residual of the shard")
 
     def update(gradient: Vector, state: BlockMeanState, weights: Vector) -> tuple[Vector, BlockMeanState]:
         if feedback:
-            check_shape("block_mean", state.residual, weights)
+            check_state(state, weights)
         began = time.perf_counter()
         check_flat(gradient, "block_mean")
         peak = kernels().largest_of_sum(gradient, state.residual if feedback else None)

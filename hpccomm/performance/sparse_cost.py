@@ -16,7 +16,8 @@ exchange                messages                                                
                         Adam
 ``int8``, ``mx``, …     likewise in blocks of 8 or 4 bits; ``block_mean`` on even nodes:   2n k(p-k)/p at best
                         ``+ node``
-``node``                messages are added inside the nodes, the sums between first ranks  as ``split`` or ``sparse`` on
+``node``                messages are gathered between nodes and then in them, or added     as ``sparse``; or as
+                        inside the nodes and the sums between first ranks                  ``split`` or ``sparse`` on
                                                                                            first ranks
 ======================  =================================================================  ============================
 
@@ -107,7 +108,7 @@ def flat_predictions(
 def two_level_predictions(
     nodes: int, per_node: int, nbytes: float, density: float, machine: Machine
 ) -> Iterator[Prediction]:
-    """The exchanges between the first ranks of nodes, after a dense sum and before a broadcast inside the nodes."""
+    """The exchanges between the first ranks of nodes, after a dense sum and before a broadcast inside; and ``node``."""
     place, n = place_on(nodes, per_node, machine), nbytes / 4
     between = flat_phases(n, density, place_on(nodes, 1, machine))
     found = {f"{name} + node": inside_and_between(n, phases) for name, phases in between.items()}

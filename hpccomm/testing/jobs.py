@@ -28,6 +28,9 @@ FAILED_SECONDS = 10.0
 """Time limit for the other ranks after one rank has failed a test: they may wait for a message from it."""
 END_SECONDS = 20.0
 """Time limit for a job to end after its last test."""
+LAUNCHES, REFUSED = 3, "listener thread failed to start"
+"""How often a job is launched, and what Open MPI says if it cannot launch one, which a second launch can (about one
+launch in some thousands)."""
 OUTPUT_LINES = 50
 DUMP_SECONDS = 5.0
 """Time limit for ranks to dump their stacks."""
@@ -61,14 +64,18 @@ def run_under_mpi(
 ) -> subprocess.CompletedProcess[str]:
     """Run ``program`` (``"-c", code`` or ``"-m", module, …`` or a script) on some ranks; return its output as text.
 
-    Raises subprocess.TimeoutExpired after ``timeout`` seconds, after the ranks were terminated.
+    A launch that Open MPI refuses, before any rank runs, is tried again.  Raises subprocess.TimeoutExpired after
+    ``timeout`` seconds, after the ranks were terminated.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with start(ranks, program, environ, cwd=cwd, **pipes) as process:
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        finally:
-            stop(process)
+    for _ in range(LAUNCHES):
+        with start(ranks, program, environ, cwd=cwd, **pipes) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=timeout)
+            finally:
+                stop(process)
+        if not (process.returncode and REFUSED in stderr):
+            break
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 

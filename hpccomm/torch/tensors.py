@@ -125,10 +125,10 @@ def find_row(tensors: Sequence[Tensor], who: str) -> Tensor:
 
 
 def with_huge_pages(tensor: Tensor) -> Tensor:
-    """A dense tensor that a call fills, for whose new pages the kernel may take huge ones.
+    """A dense tensor that a call fills; the kernel may from now on take huge pages for its memory.
 
     NumPy asks for them where it allocates, torch does not; most of the time of a call that fills a new tensor of some
-    megabytes is that of its page faults.
+    megabytes is that of its page faults.  Where the pages are there already this costs a microsecond.
     """
     nbytes = tensor.numel() * tensor.element_size()
     if nbytes >= FEWEST_HUGE_PAGES * HUGE_PAGE:

@@ -32,8 +32,8 @@ from hpccomm.layout import ETHERNET, SHARED_MEMORY, Link
 LONG = 1 << 16
 """Elements from which bytes, and not rounds, decide whether messages are worth it."""
 PASSES = 5
-"""What a dense sum inside the nodes adds to the work on whole vectors, in reads and writes of one with momentum:
-fifteen, of which a sum has three."""
+"""What a dense sum inside the nodes adds to the work on whole vectors, counted with momentum: fifteen reads and writes
+of one, of which a pass has three."""
 DENSE_FROM = 4
 """A sparse vector with n/4 or more elements is sent dense: merging would cost more than adding."""
 FORWARD = "forward"
@@ -160,7 +160,7 @@ def price_reduce(at: Place, nbytes: float) -> Cost:
 
 
 def price_pass(at: Place, nbytes: float) -> Cost:
-    """Each rank reads or writes a vector once more, which costs about as much as a sum."""
+    """Each rank works on a vector once more: three reads or writes, as many as a sum has."""
     return Cost(nbytes * at.gamma, 0)
 
 
