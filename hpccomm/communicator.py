@@ -406,6 +406,7 @@ class Communicator(MPI.Intracomm):
         if code > MISS:
             given = [each for each, blocks in zip(buffers, form[:2], strict=True) if blocks != NONE]
             return self._run_native(code, name, *given, *arguments)
+        self._own_context.check_open(name)
         who, named = f"rank {self.rank}: {name}", dict(zip(form.arguments, arguments, strict=True))
         if "root" in named:
             named["root"] = self._planner.reader.check_root(named["root"], who)

@@ -80,7 +80,7 @@ CONTRADICTIONS = {
     "a barrier": Case(DUP, barrier, "Dup", "Barrier"),
     "a barrier of the usual ranks": Case(barrier, SPLIT, "Barrier", "Split"),
     "a call of objects": Case(SPLIT, lambda comm: comm.allgather(1), "Split", "allgather"),
-    "a call that exchanges counts": Case(SPLIT, reduce_scatter, "Split", "Reduce_scatter without recvcounts"),
+    "a call that exchanges counts": Case(barrier, reduce_scatter, "Barrier", "Reduce_scatter without recvcounts"),
     "a smaller group": Case(
         lambda comm: comm.Create(comm.Get_group()),
         lambda comm: comm.Create(group_of(comm, comm.rank)),
