@@ -306,7 +306,8 @@ class Context:
             fingerprint, check = describe()
         except Exception:
             return
-        compare_more = (lambda: check(self.private_comm)) if check else (lambda: None)
+        off = bool(self.consistency.between) and self.consistency.between.mask < 0
+        compare_more = (lambda: check(self.private_comm)) if check and not off else (lambda: None)
         self.run_together(fingerprint, compare_more, always=True, settles=False)
 
     def set_up(self) -> None:

@@ -227,7 +227,7 @@ class Output:
     def begin(self, number: int) -> None:
         """This rank begins a cell."""
         self.start, self.number = os.lseek(2, 0, os.SEEK_END), number
-        os.write(2, f"cell {number}\n".encode())
+        os.write(2, f"\ncell {number}\n".encode())
 
     def end(self) -> None:
         """This rank has left its cell."""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,13 @@ def call(n):
     comm.Allreduce(np.arange(n) * (r + 1), total := np.empty(n, int), algorithm="shared")
     assert (total == np.arange(n) * (p * (p + 1) // 2)).all()
 call(1000)
-links = [each for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
-names = [f"/proc/{os.getpid()}/fd/{each.name}" for each in links if "hpccomm" in os.readlink(each)]
+names = []
+for number in os.listdir("/proc/self/fd"):
+    try:
+        if "hpccomm" in os.readlink(f"/proc/self/fd/{number}"):
+            names.append(f"/proc/{os.getpid()}/fd/{number}")
+    except OSError:  # another thread has closed it
+        pass
 files = sum(comm.allgather(names), [])
 if r == 0: print(" ".join(["memory", *files]), flush=True)
 while not comm.bcast(end.exists()):
@@ -196,8 +202,11 @@ def test_jobs_of_two_users_share_a_cache_but_no_memory(home: Path) -> None:
 
 
 def read_memory(job: Any) -> list[str]:
-    """The files that ranks share with others, as the first one has printed them."""
+    """The files that ranks share with others, as the first one has printed them; a job that prints none is ended."""
+    timer = threading.Timer(100, stop, [job])
+    timer.start()
     word, *files = job.stdout.readline().split() or ["", job.stderr.read()]
+    timer.cancel()
     assert word == "memory", files
     return files
 

@@ -257,6 +257,8 @@ from pathlib import Path
 from mpi4py import MPI
 folder, rank = Path({str(tmp_path)!r}), MPI.COMM_WORLD.rank
 atexit.register((folder / f"{{rank}}.ending").touch)
+import hpccomm.torch.group, hpccomm.torch.meeting
+MPI.COMM_WORLD.Barrier()
 if rank == {late}:
     time.sleep({seconds})
     while not {seconds} and len([*folder.glob("*.ending")]) < 2:

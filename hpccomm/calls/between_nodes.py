@@ -66,10 +66,15 @@ class BetweenNodes:
 
     def _gather(self, send: Any, recv: Any, call: Fingerprint | None) -> None:
         """Gather before ``call``, and sleep while ranks are missing; raise if one can never come."""
-        await_request(self._comm.Iallgather(send, recv), check=partial(self.check_departures, call))
+        request = self._comm.Iallgather(send, recv)
+        try:
+            await_request(request, check=partial(self.check_departures, call))
+        except BaseException:  # MPI may still write what the request holds
+            _abandoned.append(request)
+            raise
 
     def check_departures(self, call: Fingerprint | None) -> None:
-        """Raise if a rank has left the program without ``call``; one may leave after it, or by an error of it."""
+        """Raise if a rank has left without ``call``; one of this node may leave after it, or by an error of it."""
         rank = self._table.find_departure(entered=True)
         if rank is not None:
             raise MismatchError(self._table.explain_departure(rank, call))
@@ -98,3 +103,7 @@ class BetweenNodes:
         troubles = [each for each in self._comm.allgather(next(filter(None, found), "")) if each]
         if troubles:
             raise MismatchError(troubles[0])
+
+
+_abandoned: list[MPI.Request] = []
+"""Gathers that this rank has left by an error, and MPI has not ended."""

@@ -758,8 +758,8 @@ class ConsistencyTable:
     def mark_left(self) -> None:
         """Tell the other ranks that this rank makes no more calls.
 
-        The next node is told, unless a rank of this one has done so, which has left before after no more calls, or the
-        rank that would receive it has left.
+        The next node is told, unless a rank of this one has left before after fewer calls, or the rank that would
+        receive it has left.
         """
         with contextlib.suppress(ValueError):
             self._words[self._base + LEFT] = 1

@@ -1,8 +1,8 @@
 """The end of a process, seen by the others: a rank that leaves the program, and a launcher that is gone.
 
 Ranks of one node see in shared memory who has left.  Where all ranks of a node leave, no rank there can notice that
-others wait: a rank that leaves tells the next node, whose ranks then do.  Those are one or two messages of a node for
-each communicator that it has not freed when it ends.
+others wait: a rank that leaves tells the next node, whose ranks then do.  For each communicator that it has not freed
+it sends one message at most, and none where another rank of its node has left after fewer calls.
 """
 
 from __future__ import annotations
