@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
-from hpccomm.calls import consistency
+from hpccomm.calls import between_nodes, consistency
 from hpccomm.calls.between_nodes import BetweenNodes
 from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.consistency import ConsistencyTable
@@ -640,3 +640,31 @@ def test_ranks_that_fail_in_the_same_calls_at_their_own_pace_are_in_step(node: M
         fail(here)
         there.settle()
         here.settle()
+
+
+class NeverComplete:
+    """The request of a gather that some rank never enters, on a communicator of two."""
+
+    size, rank = 2, 0
+
+    def Iallgather(self, send: Any, recv: Any) -> NeverComplete:
+        self.buffers = send, recv
+        return self
+
+    def Test(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("error", [MismatchError, KeyboardInterrupt])
+def test_a_gather_that_an_error_ends_keeps_what_mpi_writes(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_departure(entered: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(between_nodes, "_abandoned", kept := [])
+    table: Any = type("Table", (), {"find_departure": staticmethod(find_departure)})
+    comm: Any = NeverComplete()
+    with pytest.raises(error):
+        BetweenNodes(comm, table, 0).compare(1, None, None)
+    assert kept == [comm]
