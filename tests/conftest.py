@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _pytest.runner import runtestprotocol
 
 pytest_plugins = ["hpccomm.testing.lockstep"]
 
@@ -93,6 +94,25 @@ def pytest_collection_finish() -> None:
     """What was imported for the tests is no garbage: collections need not look through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Run a serial test again if Open MPI has refused one of its launches, before any rank ran."""
+    from hpccomm.testing.jobs import REFUSED
+    from hpccomm.testing.lockstep import size_of  # pytest must load a plug-in before anybody imports it
+
+    if size_of(item):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports = runtestprotocol(item, log=False, nextitem=nextitem)
+    texts = [report.longreprtext + "".join(text for _, text in report.sections) for report in reports if report.failed]
+    if any(REFUSED in text for text in texts):
+        reports = runtestprotocol(item, log=False, nextitem=nextitem)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
 
 
 THREAD_SECONDS = 10.0

@@ -435,3 +435,15 @@ def test_a_launch_that_mpi_refuses_is_tried_again(
     done = run_under_mpi(2, "-c", "")
     assert (done.returncode, len(count.read_text())) == found
     assert ("ran" in done.stdout) == (found[0] == 0)
+
+
+@pytest.mark.parametrize(("times", "failed"), [(2, False), (9, True)])
+def test_a_job_of_tests_that_mpi_refuses_is_launched_again(
+    times: int, failed: bool, healthy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher, count = healthy / "launcher.py", healthy / "count"
+    launcher.write_text(REFUSES.replace('print("ran")', "import os; os.execvp(sys.argv[3], sys.argv[3:])"))
+    monkeypatch.setenv("HPCCOMM_TEST_LAUNCHER", f"{sys.executable} {launcher} {count} {times}")
+    session = run_pytest(healthy, "--mpi-sizes=1", "-k", "everybody")
+    assert set(session.counts) & {"passed", "failed"} == {"failed" if failed else "passed"}
+    assert len(count.read_text()) == 3

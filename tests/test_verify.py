@@ -371,7 +371,7 @@ def test_the_command_fails_with_the_reason(capsys: pytest.CaptureFixture[str], m
 
 
 def test_the_command_refuses_unknown_algorithms_and_sizes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ArgumentError, match="use one of all, bruck, .*did you mean ring"):
+    with pytest.raises(ArgumentError, match=r"use one of all, bruck, .*did you mean ring"):
         run_command(capsys, "rnig")
     with pytest.raises(ArgumentError, match="give numbers of ranks from 1 to 4,096 as 7, 1:64 or 1,2,7"):
         run_command(capsys, "ring", "--size", "0:3")

@@ -145,13 +145,18 @@ class Job:
         (self.folder / "tests.json").write_text(json.dumps(self.tests))
         self.logs = [RankLog(self.folder, rank) for rank in range(size)]
         self.output = self.folder / "output"
-        with self.output.open("wb") as output:
-            stream = None if show else output
-            self.process = start(
-                size, [*program, str(self.folder)], cwd=cwd, stdout=stream, stderr=stream and subprocess.STDOUT
-            )
+        self._program, self._cwd, self._show, self._launches = [*program, str(self.folder)], cwd, show, 0
+        self.process = self._launch()
         self.start_time = self.last_progress = time.monotonic()
         self.start_seconds = 0.0
+
+    def _launch(self) -> Any:
+        """Start the launcher."""
+        self._launches += 1
+        with self.output.open("wb") as output:
+            stream = None if self._show else output
+            errors = stream and subprocess.STDOUT
+            return start(self.size, self._program, cwd=self._cwd, stdout=stream, stderr=errors)
 
     def wait(self, test: str, patience: float) -> str:
         """Wait until every rank has finished a test; return the empty string, or a sentence that names the problem."""
@@ -171,6 +176,9 @@ class Job:
     def _find_problem(self, test: str, patience: float, alive: bool) -> str:
         now = time.monotonic()
         name = f"the job of {self.size} ranks"
+        if not alive and self._launches < LAUNCHES and not self.all_ready() and REFUSED in self.output_tail():
+            self.process = self._launch()
+            return ""
         if not alive:
             when = "in this" if self.all_ready() else "before its first"
             return f"{name} {describe_exit(self.process.returncode)} {when} test"
