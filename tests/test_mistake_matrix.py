@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from hpccomm.testing.jobs import start, stop
+from hpccomm.testing.jobs import LAUNCHES, start, stop
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mistake_matrix import COLLECTIVES, Cell, all_cells, is_missed, is_named
@@ -52,7 +52,9 @@ class Outcome(NamedTuple):
     hung: bool = False
 
 
-def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int, launches: int = 3) -> dict[int, Outcome]:
+def run_job(
+    folder: Path, numbers: list[int], ranks: int, per_node: int, launches: int = LAUNCHES
+) -> dict[int, Outcome]:
     """Run cells that no other job has taken until one of them ends the job; returns those that were run.
 
     A launch that MPI itself refuses, before a rank runs the program, is tried again.

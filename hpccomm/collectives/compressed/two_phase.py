@@ -31,6 +31,7 @@ from hpccomm.arrays import narrow, view_for_mpi, widen
 from hpccomm.collectives.engine import even_cuts
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
+from hpccomm.kernels.quantized.reference import largest_scale
 
 Vector = npt.NDArray[Any]
 Octets = npt.NDArray[np.uint8]
@@ -114,12 +115,11 @@ def small_floats(
 
 def scale_to(top: float, element_type: Callable[[], Any]) -> Code:
     """Each block divided so that its largest magnitude becomes ``top``."""
-    largest = np.nextafter(np.finfo(np.float32).max / np.float32(top), np.float32(0))  # times top it is finite
     return small_floats(
         256,
         np.float32,
         element_type,
-        lambda peaks: np.minimum(peaks / np.float32(top), largest),
+        lambda peaks: np.minimum(peaks / np.float32(top), largest_scale(top)),
         lambda blocks, scales: np.clip(blocks / np.where(scales > 0, scales, 1), -top, top),
         lambda elements, scales: elements.astype(np.float32) * scales,
     )

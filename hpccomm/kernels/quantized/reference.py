@@ -122,7 +122,7 @@ def block_codes(
     return scales, codes
 
 
-def largest_scale(top: int) -> np.float32:
+def largest_scale(top: float) -> np.float32:
     """The largest number whose product with ``top`` is finite."""
     return np.nextafter(np.finfo("f4").max / F32(top), F32(0))
 
