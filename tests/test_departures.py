@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import textwrap
+import threading
+import time
 
+import numpy as np
 import pytest
 
+from hpccomm.calls import consistency
+from hpccomm.calls.departures import Departure
 from hpccomm.testing.jobs import run_under_mpi
 
 pytestmark = pytest.mark.slow(keep=2)
@@ -54,8 +62,13 @@ def test_a_node_that_leaves_is_named_at_once(name: str, ranks: int) -> None:
 
 
 def test_of_several_nodes_that_leave_each_tells_the_next() -> None:
-    """The ranks of the last node wait in a call that those of both other nodes do not make."""
-    status, said = run_job(6, "comm.Barrier()\nif comm.rank < 4: sys.exit()\ncomm.Allreduce(x, y)")
+    """The ranks of the last node wait in a call that those of both other nodes do not make.
+
+    Those do not end MPI: the nodes have one launcher here, which can hang if a rank dies while others do.
+    """
+    leaves = "if comm.rank < 4:\n    consistency.leave_program()\n    time.sleep(1000)"
+    body = f"from hpccomm.calls import consistency\ncomm.Barrier()\n{leaves}\ncomm.Allreduce(x, y)"
+    status, said = run_job(6, body)
     assert status != 0, said
     assert "has left the program, rank" in said, said
 
@@ -86,3 +99,53 @@ def test_ranks_may_end_at_their_own_pace(name: str) -> None:
     status, said = run_job(4, ENDS[name])
     assert status == 0, said
     assert "has left" not in said, said
+
+
+ONE_NODE = """
+import os, sys, time
+from mpi4py import MPI
+import hpccomm
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+comm.Barrier()
+"""
+LEAVES = {"Python ends": "sys.exit()", "MPI ends": "MPI.Finalize(); time.sleep(1000)"}
+DIES = {"by an error": "raise RuntimeError", "by a signal": "os.kill(os.getpid(), 9)"}
+
+
+@pytest.mark.parametrize("dies", DIES)
+@pytest.mark.parametrize("leaves", LEAVES)
+def test_a_rank_that_dies_after_others_have_left_ends_the_job(leaves: str, dies: str) -> None:
+    """Four ranks of a node have left, one dies, one computes: the launcher hung in a third of such launches."""
+    program = ONE_NODE + f"if comm.rank < 4: {LEAVES[leaves]}\n"
+    program += f"if comm.rank == 4: time.sleep(1000)\ntime.sleep(0.2)\n{DIES[dies]}"
+    for _ in range(3):
+        done = run_under_mpi(6, "-c", program, timeout=SOON_SECONDS)
+        assert done.returncode != 0, done.stderr
+
+
+def test_a_rank_that_leaves_waits_until_the_others_have_left_or_died() -> None:
+    """One process leaves after a while, one dies."""
+    words = consistency.row_words(3)
+    memory = np.zeros(3 * words, np.int64)
+    table = consistency.ConsistencyTable(memory.view(np.uint8), (0, 1, 2), 0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        memory[words + consistency.PROCESS] = other.pid
+        memory[2 * words + consistency.PROCESS] = os.getppid()
+        departure, times = Departure([table], served=True), []
+
+        def leave_later() -> None:
+            time.sleep(0.3)
+            memory[2 * words + consistency.LEFT] = 1
+            times.append(time.monotonic())
+            time.sleep(0.3)
+            times.append(time.monotonic())
+            other.communicate(b"\n")
+
+        thread = threading.Thread(target=leave_later)
+        thread.start()
+        departure.leave()
+        returned = time.monotonic()
+        thread.join()
+    assert returned > times[1], "it waits for both"
+    table.close()
+    departure.leave()  # no table is left

@@ -749,9 +749,18 @@ class ConsistencyTable:
         """The members that have left the program."""
         return [rank for k, rank in enumerate(self.members) if self._words[k * self._stride + LEFT]]
 
+    def find_present(self) -> list[int]:
+        """The processes of the members that have neither left the program nor closed the table."""
+        with contextlib.suppress(ValueError):
+            left = set(self.left_ranks())
+            return [pid for rank, pid in self.processes.items() if rank not in left]
+        return []
+
     def close(self) -> None:
         """Release the views of the memory, whose owner frees it."""
         _tables.discard(self)
+        with contextlib.suppress(ValueError):  # it is closed
+            self._words[self._base + PROCESS] = 0
         self._words.release()
         self._octets.release()
 
@@ -816,6 +825,11 @@ class EnteredCall:
 
 
 _tables: weakref.WeakSet[ConsistencyTable] = weakref.WeakSet()
-_departure = Departure(_tables)
+_departure = Departure(_tables)  # Python clears names with an underscore first: then all that it needs is there
 error_reports = Reports(_tables)
 os.register_at_fork(after_in_child=_tables.clear)
+
+
+def leave_program() -> None:
+    """Tell the other ranks that this one makes no more calls, as MPI ends."""
+    _departure.leave()

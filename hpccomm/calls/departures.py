@@ -7,7 +7,9 @@ it sends one message at most, and none where another rank of its node has left a
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,18 +19,59 @@ from hpccomm.observe.processes import find_launchers, read_process
 
 
 class Departure:
-    """Tells the other ranks, when Python ends, that this process makes no more calls.
+    """Tells the other ranks, when Python or MPI ends, that this process makes no more calls.
 
-    Python clears modules after the last exit handler, so collectives in exit handlers still work.
+    Python clears modules after the last exit handler, so collectives in exit handlers still work.  What this takes of
+    modules is kept here.
     """
 
-    def __init__(self, tables: Iterable[Any]) -> None:
-        self._tables, self._process, self._pid = tables, os.getpid(), os.getpid
+    SHORT_MS, LONG_MS, SHORT_WAITS = 1, 5, 20
+    """How long this process sleeps while it waits for others to leave: at first, then, and how often at first."""
+
+    def __init__(self, tables: Iterable[Any], served: bool = "PMIX_RANK" in os.environ) -> None:
+        """``served``: whether a PMIx server has started this process."""
+        self._tables, self._process, self._pid, self._served = tables, os.getpid(), os.getpid, served
+        self._is_over, self._progress = MPI.Is_finalized, MPI.COMM_WORLD.Iprobe
+        self._open: Any = getattr(os, "pidfd_open", None)
+        self._poll, self._ignore = select.poll, contextlib.suppress
 
     def __del__(self) -> None:
         if self._pid() == self._process:  # a child of fork is no rank
-            for table in list(self._tables):
-                table.mark_left()
+            self.leave()
+
+    def leave(self) -> None:
+        """Mark in all tables that this process has left; then wait for the others of its node, where that is needed.
+
+        Open MPI's launcher hangs in up to a third of the launches in which a rank dies while others wait in
+        MPI_Finalize: its PMIx server then uses the memory of their barrier, which it has freed (PMIx 5).  A rank that
+        waits here is in no such barrier.
+        """
+        tables = list(self._tables)
+        for table in tables:
+            table.mark_left()
+        if self._served and self._open:
+            self._await_others(tables)
+
+    def _await_others(self, tables: list[Any]) -> None:
+        """Wait until each process that has a table with this one has left or ended, while MPI makes progress."""
+        files: dict[int, int]
+        ended, poll, files, waits = {self._process}, self._poll(), {}, 0
+        while not self._is_over():
+            here = {pid for table in tables for pid in table.find_present()} - ended
+            if not here:
+                break
+            for pid in here - set(files.values()):
+                ended.add(pid)
+                with self._ignore(OSError):  # it has ended, or this process cannot see it
+                    file = self._open(pid)
+                    poll.register(file, 1)  # readable once the process has ended
+                    files[file] = pid
+                    ended.discard(pid)
+            self._progress()
+            for file, _ in poll.poll(self.SHORT_MS if waits < self.SHORT_WAITS else self.LONG_MS):
+                ended.add(files[file])
+                poll.unregister(file)
+            waits += 1
 
 
 class Farewell:

@@ -26,6 +26,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpccomm import settings
+from hpccomm.calls.consistency import leave_program
 from hpccomm.calls.departures import Farewell, Launchers
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import HpccommError
@@ -520,8 +521,8 @@ class Watchdog:
         finally:
             with _mpi:
                 self.calls_mpi = False
-            for group in [each for each in list(self.groups.values()) if each.table and leaves]:
-                group.table.mark_left()
+            if leaves:
+                leave_program()
 
 
 _mpi = threading.RLock()
