@@ -17,10 +17,8 @@ int8 with a dense one.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,12 +40,10 @@ RANKS = NODES * PER_NODE
 RATES = ("1gbit", "100mbit")
 BREAK_EVEN_SHAPES, BREAK_EVEN_ELEMENTS = ((2, 1), (4, 1), (8, 1), (4, 2)), 1 << 20
 BREAK_EVEN_DENSITIES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6)
-PATH_SHAPES = {(4, 1): 1 << 24, (4, 2): 1 << 24, (8, 2): 1 << 22}
-"""The elements by nodes and ranks on each; sixteen ranks share the memory of one machine."""
+PATH_SHAPES = {(4, 1): 1 << 24, (4, 2): 1 << 24, (8, 2): 1 << 24}
+"""The elements by nodes and ranks on each."""
 PATHS = ("allgather", "node", "auto")
 """Arguments of ``feedback``: flat, node-aware, and what it chooses."""
-TUNED, TUNED_SIZES = "native,ring,butterfly,bruck", "1Ki,64Ki,1Mi,4Mi"
-"""Algorithms of the allgather that are tuned first, and the bytes of their results."""
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 """glibc keeps freed memory in the process, as new pages are expensive on a virtual machine."""
 GOODPUT = 0.95
@@ -359,16 +355,11 @@ def work_paths(rounds: int, elements: int) -> dict[str, list[float]]:
 
 
 def launch_work(shape: tuple[int, int], rate: str, words: Sequence[str]) -> Any:
-    """The result of this module's ``--work`` on a cluster made for it, whose allgathers were tuned."""
+    """The result of this module's ``--work`` on a cluster made for it."""
     nodes, per_node = shape
     where = harness.Shape(nodes, (per_node,) * nodes, "block", rate)
-    tune = ["hpccomm", "tune", "--collective", "allgather", "--algorithm", TUNED, "--sizes", TUNED_SIZES]
-    with Cluster(nodes, rate, "slow") as cluster, tempfile.TemporaryDirectory() as folder:
-        tuned = Path(folder, "tuned.json")
-        table = harness.launch(harness.on_cluster(cluster, where, MALLOC_ENV, 3600), tune, "--out")
-        tuned.write_text(json.dumps(table), encoding="utf-8")
-        env = {**MALLOC_ENV, "HPCCOMM_TUNING": str(tuned)}
-        run = harness.on_cluster(cluster, where, env, 3600)
+    with Cluster(nodes, rate, "slow") as cluster:
+        run = harness.on_cluster(cluster, where, MALLOC_ENV, 3600)
         return harness.launch(run, ["-m", "benchmarks.slow_links", *words], "--work")
 
 

@@ -31,7 +31,7 @@ COLLECTIVES = {
     "Reduce": ("native", "shared", "tree"),
     **dict.fromkeys(("Allgather", "Allgatherv"), PATHS),
     "Bcast": ("native", "shared", "tree"),
-    "Alltoall": ("native", "shared"),
+    "Alltoall": ("native", "shared", "pairwise"),
     **dict.fromkeys(
         ("Scan", "Exscan", "Gather", "Gatherv", "Scatter", "Scatterv", "Alltoallv", "Alltoallw"), ("native",)
     ),

@@ -10,7 +10,7 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm import ArgumentError, Communicator
-from hpccomm.backends import cuda_ipc, nccl, schedules, shared
+from hpccomm.backends import cuda_ipc, nccl, pairwise, schedules, shared
 from hpccomm.backends.table import BACKENDS
 from hpccomm.calls.blocks import EQUAL, NONE, PARTS, SIGNATURES
 from hpccomm.calls.entry import COLLECTIVES
@@ -33,7 +33,8 @@ def test_the_tables_name_the_same_collectives() -> None:
 
 
 def test_the_table_has_a_row_for_every_backend_of_the_design() -> None:
-    assert {"native", "shared", "schedules"} <= {name for name, row in BACKENDS.items() if not row.on_device}
+    on_host = {name for name, row in BACKENDS.items() if not row.on_device}
+    assert {"native", "shared", "schedules", "pairwise"} <= on_host
     assert {"nccl", "ipc", "aware", "staged"} <= {name for name, row in BACKENDS.items() if row.on_device}
 
 
@@ -204,3 +205,33 @@ def test_a_numpy_scalar_in_a_form_lives_as_long_as_its_call(comm: Communicator) 
 def test_no_counts_for_a_reduce_scatter_are_refused(comm: Communicator) -> None:
     with pytest.raises(ArgumentError, match=r"recvcounts \(\) for .* rank.*: pass one count per rank"):
         comm.Reduce_scatter(np.zeros(3), np.zeros(3), recvcounts=[])
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3, 5), timeout=60)
+def test_pairwise_exchange_cuts_blocks_into_windows_and_segments(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of any length arrive, also in place, in forms with a count, and in non-blocking calls that overlap."""
+    monkeypatch.setattr(pairwise, "SEGMENT_BYTES", 24)
+    monkeypatch.setattr(pairwise, "WINDOW_BYTES", 72)
+    comm = Communicator(comm, algorithm="pairwise")
+    p, me = comm.size, comm.rank
+    for n in (0, 1, 23, 24, 25, 71, 72, 73, 144, 200):
+        given = [np.arange(n * p, dtype=np.uint8) + 7 * rank for rank in range(p)]
+        want = np.concatenate([each[n * me : n * (me + 1)] for each in given])
+        for _ in range(2):
+            got, place = np.zeros_like(want), given[me].copy()
+            comm.Alltoall(given[me], got)
+            comm.Alltoall(MPI.IN_PLACE, place)
+            assert np.array_equal(got, want), n
+            assert np.array_equal(place, want), n
+        send, place, got = given[me], given[me].copy(), np.zeros_like(want)
+        room = np.zeros(n * p + 5, np.uint8)
+        comm.Alltoall(send, [got, n, MPI.BYTE] if me else got)
+        comm.Alltoall(MPI.IN_PLACE, [place, n, MPI.BYTE])
+        comm.Alltoall([send, n, MPI.BYTE], [room, n, MPI.BYTE])
+        for each in (got, place, room[: n * p]):
+            assert np.array_equal(each, want), n
+        several = [np.zeros_like(want) for _ in range(3)]
+        MPI.Request.Waitall([comm.Ialltoall(given[me], each) for each in several])
+        assert all(np.array_equal(each, want) for each in several), n

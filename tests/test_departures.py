@@ -62,13 +62,8 @@ def test_a_node_that_leaves_is_named_at_once(name: str, ranks: int) -> None:
 
 
 def test_of_several_nodes_that_leave_each_tells_the_next() -> None:
-    """The ranks of the last node wait in a call that those of both other nodes do not make.
-
-    Those do not end MPI: the nodes have one launcher here, which can hang if a rank dies while others do.
-    """
-    leaves = "if comm.rank < 4:\n    consistency.leave_program()\n    time.sleep(1000)"
-    body = f"from hpccomm.calls import consistency\ncomm.Barrier()\n{leaves}\ncomm.Allreduce(x, y)"
-    status, said = run_job(6, body)
+    """The ranks of the last node wait in a call that those of both other nodes do not make."""
+    status, said = run_job(6, "comm.Barrier()\nif comm.rank < 4: sys.exit()\ncomm.Allreduce(x, y)")
     assert status != 0, said
     assert "has left the program, rank" in said, said
 
@@ -124,10 +119,11 @@ def test_a_rank_that_dies_after_others_have_left_ends_the_job(leaves: str, dies:
 
 
 def test_a_rank_that_leaves_waits_until_the_others_have_left_or_died() -> None:
-    """One process leaves after a while, one dies."""
-    words = consistency.row_words(3)
-    memory = np.zeros(3 * words, np.int64)
-    table = consistency.ConsistencyTable(memory.view(np.uint8), (0, 1, 2), 0)
+    """One process leaves after a while, one dies, one has closed the table, one has not opened it."""
+    words = consistency.row_words(5)
+    memory = np.zeros(5 * words, np.int64)
+    table = consistency.ConsistencyTable(memory.view(np.uint8), tuple(range(5)), 0)
+    memory[3 * words + consistency.PROCESS], memory[3 * words + consistency.CLOSED] = os.getppid(), 1
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         memory[words + consistency.PROCESS] = other.pid
         memory[2 * words + consistency.PROCESS] = os.getppid()

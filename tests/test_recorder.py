@@ -78,7 +78,7 @@ def check_report(report: str) -> None:
     assert re.search(r"ranks? .*3: in Allreduce.*call 6 of.*in <module>", report)
 
 
-@pytest.mark.slow(keep=3)
+@pytest.mark.slow(keep=2)
 @pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason() or "namespaces are available")
 def test_one_report_of_a_two_node_job_names_the_stuck_rank_its_call_and_its_line(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
@@ -91,7 +91,7 @@ def test_one_report_of_a_two_node_job_names_the_stuck_rank_its_call_and_its_line
     assert len(found) <= 3, done.stderr
 
 
-@pytest.mark.slow(keep=3)
+@pytest.mark.slow(keep=2)
 def test_a_stall_is_reported_once_by_all_ranks_together_and_again_later() -> None:
     status, said = run_job(4, "two_nodes()\n" + STUCK)
     assert status == 0, said
@@ -266,7 +266,7 @@ def test_a_communicator_is_freed_after_the_check_of_the_watchdog_that_reads_its_
     assert checks == ["ended", "closed"]
 
 
-@pytest.mark.slow(keep=3)
+@pytest.mark.slow(keep=2)
 def test_a_stopped_rank_is_named_and_goes_on() -> None:
     status, said = run_job(
         3,
@@ -292,7 +292,7 @@ def test_a_stopped_rank_is_named_and_goes_on() -> None:
     assert re.search(r"rank 1: in no call since Allreduce.*\(is stopped\)", said), said
 
 
-@pytest.mark.slow(keep=3)
+@pytest.mark.slow(keep=2)
 def test_a_stall_can_end_the_job() -> None:
     began = time.monotonic()
     status, said = run_job(2, STUCK.replace("sleep_until_asked()", "time.sleep(80)"), {"HPCCOMM_STALL_ACTION": "abort"})
@@ -302,7 +302,7 @@ def test_a_stall_can_end_the_job() -> None:
     assert "HPCCOMM_STALL_ACTION=abort" in said
 
 
-@pytest.mark.slow(keep=3)
+@pytest.mark.slow(keep=2)
 def test_an_uncaught_exception_says_where_the_others_wait() -> None:
     fail = "sleep_until_others_wait(comm); hpccomm.communicator.WAITING_SECONDS = 30; raise ValueError('no data')"
     status, said = run_job(3, STUCK.replace("sleep_until_asked()", fail))
@@ -319,7 +319,7 @@ comm.Allreduce(MPI.IN_PLACE, x)
 """
 
 
-@pytest.mark.slow(keep=3)
+@pytest.mark.slow(keep=2)
 def test_a_rank_without_a_free_file_descriptor_goes_on() -> None:
     status, said = run_job(
         2,
@@ -340,7 +340,7 @@ comm.Allreduce(MPI.IN_PLACE, x)
     assert status == 0, said
 
 
-@pytest.mark.slow(keep=3)
+@pytest.mark.slow(keep=2)
 def test_a_rank_that_fails_without_a_free_file_descriptor_ends_the_others() -> None:
     status, said = run_job(
         2,
@@ -397,7 +397,7 @@ def test_a_rank_that_frees_a_communicator_alone_does_not_hang() -> None:
     assert status == 0, said
 
 
-@pytest.mark.slow(keep=3)
+@pytest.mark.slow(keep=2)
 def test_a_node_without_memory_for_its_table_keeps_no_other_from_starting() -> None:
     status, said = run_job(
         3,
@@ -441,7 +441,7 @@ def test_stacks_refuses_a_process_of_no_job(capsys: pytest.CaptureFixture[str]) 
     assert "pass that of a rank" in capsys.readouterr().err
 
 
-@pytest.mark.slow(keep=3)
+@pytest.mark.slow(keep=2)
 def test_ranks_of_other_nodes_are_asked_by_their_own_nodes() -> None:
     status, said = run_job(
         4,

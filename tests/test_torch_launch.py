@@ -187,6 +187,7 @@ dist.init_process_group("hpccomm", {how}timeout=timedelta(seconds=1))
     )
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("late", [0, 2])
 def test_a_rank_that_does_not_make_the_default_group_is_missing(
     late: int, tmp_path: Path, entry_point: dict[str, str]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from hpccomm.backends.base import Backend
 from hpccomm.backends.native import Native
+from hpccomm.backends.pairwise import Pairwise
 from hpccomm.backends.schedules import OnMessages
 from hpccomm.backends.shared import Shared
 
@@ -34,6 +35,7 @@ BACKENDS = {
     "native": Row(Native),
     "shared": Row(Shared),
     "schedules": Row(OnMessages),
+    "pairwise": Row(Pairwise),
     "nccl": Row(later("nccl", "NcclRanks"), on_device=True),
     "ipc": Row(later("cuda_ipc", "CudaIpc"), on_device=True),
     "aware": Row(later("mpi_device", "CudaAwareMpi"), on_device=True),

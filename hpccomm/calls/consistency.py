@@ -50,7 +50,7 @@ from hpccomm.observe.processes import find_process
 from hpccomm.transports.polling import CHECK_SECONDS, LONGEST_SECONDS, pause
 
 TEXTS = 64
-LEFT, GAVE_UP, HAS_CODE, PROCESS, REFUSED, FAILED, FAILED_BEFORE = (STATUS + k for k in range(1, 8))
+LEFT, GAVE_UP, HAS_CODE, PROCESS, REFUSED, FAILED, FAILED_BEFORE, CLOSED = (STATUS + k for k in range(1, 9))
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
@@ -749,38 +749,42 @@ class ConsistencyTable:
         """The members that have left the program."""
         return [rank for k, rank in enumerate(self.members) if self._words[k * self._stride + LEFT]]
 
-    def find_present(self) -> list[int]:
-        """The processes of the members that have neither left the program nor closed the table."""
-        with contextlib.suppress(ValueError):
-            left = set(self.left_ranks())
-            return [pid for rank, pid in self.processes.items() if rank not in left]
+    def list_processes(self) -> list[tuple[int, bool]]:
+        """The processes of the members that have the table open, and whether each has left the program."""
+        rows = (k * self._stride for k in range(len(self.members)))
+        with contextlib.suppress(ValueError):  # this rank has closed it
+            words = self._words
+            opened = [row for row in rows if words[row + PROCESS] and not words[row + CLOSED]]
+            return [(words[row + PROCESS], bool(words[row + LEFT])) for row in opened]
         return []
 
     def close(self) -> None:
         """Release the views of the memory, whose owner frees it."""
         _tables.discard(self)
-        with contextlib.suppress(ValueError):  # it is closed
-            self._words[self._base + PROCESS] = 0
+        with contextlib.suppress(ValueError):  # the table is closed already
+            self._words[self._base + CLOSED] = 1
         self._words.release()
         self._octets.release()
 
     def mark_left(self) -> None:
-        """Tell the other ranks that this rank makes no more calls.
-
-        The next node is told, unless a rank of this one has left before after fewer calls, or the rank that would
-        receive it has left.
-        """
+        """Mark for the ranks of this node that this rank makes no more calls."""
         with contextlib.suppress(ValueError):
             self._words[self._base + LEFT] = 1
-            tell = self.tell_departure
-            if tell is None:
-                return
-            for rank, calls in tell.receive():
-                self.note_departure(rank, calls)
-            here, elsewhere = self._list_left(), self._list_elsewhere()
-            if min(here)[1] == self._me and all(rank != tell.receiver for _, rank in elsewhere):
-                calls, rank = min([*here, *elsewhere])
-                tell(rank, calls)
+
+    def tell_left(self) -> None:
+        """Tell the next node which rank has left after the fewest calls.
+
+        Not if a rank of this node has left before after fewer calls, or the rank that would receive it has left.
+        """
+        tell = self.tell_departure
+        if tell is None:
+            return
+        for rank, calls in tell.receive():
+            self.note_departure(rank, calls)
+        here, elsewhere = self._list_left(), self._list_elsewhere()
+        if min(here)[1] == self._me and all(rank != tell.receiver for _, rank in elsewhere):
+            calls, rank = min([*here, *elsewhere])
+            tell(rank, calls)
 
 
 class EnteredCall:
@@ -825,7 +829,8 @@ class EnteredCall:
 
 
 _tables: weakref.WeakSet[ConsistencyTable] = weakref.WeakSet()
-_departure = Departure(_tables)  # Python clears names with an underscore first: then all that it needs is there
+# Python sets names with an underscore to None first, so what this uses of this module exists when it is deleted.
+_departure = Departure(_tables)
 error_reports = Reports(_tables)
 os.register_at_fork(after_in_child=_tables.clear)
 

@@ -7,101 +7,123 @@ it sends one message at most, and none where another rank of its node has left a
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
+import time
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.observe.processes import find_launchers, read_process
 
 
 class Departure:
-    """Tells the other ranks, when Python or MPI ends, that this process makes no more calls.
+    """Tells the other ranks, when Python or MPI ends, that this process makes no more calls, and waits for theirs.
 
-    Python clears modules after the last exit handler, so collectives in exit handlers still work.  What this takes of
-    modules is kept here.
+    Python clears modules after the last exit handler, so collectives in exit handlers still work.  A process that has
+    left reaches MPI_Finalize with the others: Open MPI's launcher hangs in up to a third of the launches in which a
+    rank dies while others are there (its PMIx 5 uses the memory of their barrier after it has freed it), and MPICH's
+    ranks do not wait there, while a message to one that has ended never ends.
     """
 
-    SHORT_MS, LONG_MS, SHORT_WAITS = 1, 5, 20
-    """How long this process sleeps while it waits for others to leave: at first, then, and how often at first."""
+    SHORT_SECONDS, LONG_SECONDS = 1e-3, 20e-3
+    """How long this process sleeps at first between two looks for the others, and at most."""
 
-    def __init__(self, tables: Iterable[Any], served: bool = "PMIX_RANK" in os.environ) -> None:
-        """``served``: whether a PMIx server has started this process."""
-        self._tables, self._process, self._pid, self._served = tables, os.getpid(), os.getpid, served
-        self._is_over, self._progress = MPI.Is_finalized, MPI.COMM_WORLD.Iprobe
-        self._open: Any = getattr(os, "pidfd_open", None)
-        self._poll, self._ignore = select.poll, contextlib.suppress
+    def __init__(self, tables: Iterable[Any], served: bool | None = None) -> None:
+        """``served``: whether the others of this node are waited for if there is no other node; by default with Open
+        MPI."""
+        self._tables, self._process, self._pid = tables, os.getpid(), os.getpid
+        self._served = MPI.get_vendor()[0] == "Open MPI" if served is None else served
+        self._is_over, self._progress = MPI.Is_finalized, MPI.COMM_WORLD.Iprobe  # modules may be cleared before use
+        self._sleep, self._signal = time.sleep, os.kill
 
     def __del__(self) -> None:
         if self._pid() == self._process:  # a child of fork is no rank
             self.leave()
 
     def leave(self) -> None:
-        """Mark in all tables that this process has left; then wait for the others of its node, where that is needed.
-
-        Open MPI's launcher hangs in up to a third of the launches in which a rank dies while others wait in
-        MPI_Finalize: its PMIx server then uses the memory of their barrier, which it has freed (PMIx 5).  A rank that
-        waits here is in no such barrier.
-        """
-        tables = list(self._tables)
+        """Mark in all tables that this process has left, tell other nodes, and wait for the other ranks."""
+        tables = [] if self._is_over() else list(self._tables)
         for table in tables:
             table.mark_left()
-        if self._served and self._open:
-            self._await_others(tables)
-
-    def _await_others(self, tables: list[Any]) -> None:
-        """Wait until each process that has a table with this one has left or ended, while MPI makes progress."""
-        files: dict[int, int]
-        ended, poll, files, waits = {self._process}, self._poll(), {}, 0
-        while not self._is_over():
-            here = {pid for table in tables for pid in table.find_present()} - ended
-            if not here:
-                break
-            for pid in here - set(files.values()):
-                ended.add(pid)
-                with self._ignore(OSError):  # it has ended, or this process cannot see it
-                    file = self._open(pid)
-                    poll.register(file, 1)  # readable once the process has ended
-                    files[file] = pid
-                    ended.discard(pid)
+        farewells = [table.tell_departure for table in tables if table.tell_departure]
+        for table in tables:
+            table.tell_left()
+        for each in farewells:
+            each.meet()
+        if not (self._served or farewells):
+            return
+        seconds = self.SHORT_SECONDS
+        while not self._is_over() and self._is_awaited(tables, farewells):
             self._progress()
-            for file, _ in poll.poll(self.SHORT_MS if waits < self.SHORT_WAITS else self.LONG_MS):
-                ended.add(files[file])
-                poll.unregister(file)
-            waits += 1
+            self._sleep(seconds)
+            seconds = min(1.1 * seconds, self.LONG_SECONDS)
+
+    def _is_awaited(self, tables: list[Any], farewells: list[Farewell]) -> bool:
+        """Whether some rank has not left: one of this node that lives, or one of another node while all here live."""
+        met = [each.has_met() for each in farewells]  # makes progress with all
+        opened, left = set[int](), set[int]()
+        for table in tables:
+            for pid, has_left in table.list_processes():
+                (left if has_left else opened).add(pid)
+        here = opened - left - {self._process}
+        return any(map(self._is_alive, here)) if here else not all(met)
+
+    def _is_alive(self, pid: int) -> bool:
+        """Whether there is such a process."""
+        try:
+            self._signal(pid, 0)
+        except OSError:
+            return False
+        return True
 
 
 class Farewell:
     """Tells the first rank of the next node, without waiting, which rank has left with the fewest calls.
 
-    ``receiver`` is that rank, ``tag`` that of such messages on ``wire``.  Python may have cleared modules by then, so
-    what it takes is kept here, and what MPI still sends as long as the consistency table.
+    ``receiver`` is that rank, ``tag`` that of such messages on ``wire``; ``counts`` of shape ``(2, p)`` are the
+    messages sent to each rank there and received from it.  Python may have cleared modules by then, so what it takes is
+    kept here, and what MPI still sends as long as the consistency table.
     """
 
-    def __init__(self, wire: MPI.Intracomm, receiver: int, tag: int) -> None:
-        self.receiver, self._tag, self._wire = receiver, tag, wire
+    def __init__(self, wire: MPI.Intracomm, receiver: int, tag: int, counts: npt.NDArray[np.int64]) -> None:
+        self.receiver, self._tag, self._wire, self._counts = receiver, tag, wire, counts
         self._status, self._type, self._is_over = MPI.Status(), MPI.BYTE, MPI.Is_finalized
+        self._due = np.empty_like(counts[0])
         self._sent: Any = None
+        self._meeting: Any = None
 
     def __call__(self, rank: int, calls: int) -> None:
         """Send once, as JSON, which rank has left and after how many calls."""
-        if self._sent is None and not self._is_over():
+        if self._sent is None:
             content = f"[{rank}, {calls}]".encode()
+            self._counts[0, self.receiver] += 1
             self._sent = self._wire.Isend([content, self._type], self.receiver, self._tag), content
 
     def receive(self) -> list[tuple[int, int]]:
-        """Receive what has arrived, as MPI wants before it ends; returns who has left, and after how many calls."""
+        """Receive what has arrived; returns who has left, and after how many calls."""
         found = []
-        while not self._is_over() and self._wire.Iprobe(status=self._status):
+        while self._wire.Iprobe(status=self._status):
             octets = bytearray(self._status.Get_count(self._type))
             self._wire.Recv([octets, self._type], self._status.source, self._status.tag)
+            self._counts[1, self._status.source] += 1
             if self._status.tag == self._tag:
                 rank, calls = octets.decode().strip("[]").split(",")
                 found.append((int(rank), int(calls)))
         return found
+
+    def meet(self) -> None:
+        """Begin to meet the ranks of all nodes, none of which sends more."""
+        if self._meeting is None:
+            self._told = self._counts[0].copy()
+            self._meeting = self._wire.Ialltoall(self._told, self._due)
+
+    def has_met(self) -> bool:
+        """Whether all ranks are here and all messages to this one received, as MPI wants before it ends."""
+        self.receive()
+        return bool(self._meeting.Test() and (self._due <= self._counts[1]).all())
 
 
 class Launchers:

@@ -118,7 +118,8 @@ class Group:
         """The answers of other nodes, by the number of what was asked."""
         if wire is not None:
             mine = next(k for k, members in enumerate(nodes) if rank in members)
-            table.tell_departure = Farewell(wire, nodes[(mine + 1) % len(nodes)][0], DEPARTURE)
+            receiver = nodes[(mine + 1) % len(nodes)][0]
+            table.tell_departure = Farewell(wire, receiver, DEPARTURE, self._counts)
 
     @property
     def processes(self) -> dict[int, int]:

@@ -53,7 +53,7 @@ TRUST = 0.8
 FLAT_ALGORITHMS = ("ring", "butterfly", "doubling", "bruck")
 """The algorithms whose lowest price stands for native MPI between nodes, where nothing was measured."""
 COLLECTIVES = (*ALGORITHMS, "alltoall")
-"""The collectives that can be tuned; alltoall has no schedules, only shared memory beside native MPI."""
+"""The collectives that can be tuned; alltoall has no schedules, but shared memory and pairwise exchange."""
 BLOCKWISE = ("allgather", "alltoall", "reduce_scatter")
 """Collectives whose calls are counted in bytes of all blocks, and have one block for each rank."""
 DEFAULT_TABLE = Path(__file__).with_name("tuning_default.json")
