@@ -96,6 +96,23 @@ def test_ranks_may_end_at_their_own_pace(name: str) -> None:
     assert "has left" not in said, said
 
 
+def test_no_node_leaves_before_the_last_one() -> None:
+    """A message of a rank that is late could not reach one that has ended."""
+    body = """
+        from hpccomm.calls import consistency
+        comm.Barrier(); time.sleep(0.5 * comm.rank)
+        print("leaves", time.monotonic(), flush=True)
+        consistency.leave_program()
+        print("has left", time.monotonic(), flush=True)
+    """
+    status, said = run_job(6, body)
+    assert status == 0, said
+    times = [line.rsplit(" ", 1) for line in said.splitlines()]
+    began, ended = ([float(each) for word, each in times if word == name] for name in ("leaves", "has left"))
+    assert len(began) == len(ended) == 6, said
+    assert max(began) < min(ended)
+
+
 ONE_NODE = """
 import os, sys, time
 from mpi4py import MPI
