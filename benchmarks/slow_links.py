@@ -40,8 +40,8 @@ RANKS = NODES * PER_NODE
 RATES = ("1gbit", "100mbit")
 BREAK_EVEN_SHAPES, BREAK_EVEN_ELEMENTS = ((2, 1), (4, 1), (8, 1), (4, 2)), 1 << 20
 BREAK_EVEN_DENSITIES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6)
-PATH_SHAPES = {(4, 1): 1 << 24, (4, 2): 1 << 24, (8, 2): 1 << 24}
-"""The elements by nodes and ranks on each."""
+PATH_SHAPES = {(4, 1): 1 << 24, (4, 2): 1 << 24, (8, 2): 1 << 23}
+"""The elements by nodes and ranks on each; sixteen ranks share the memory of one machine."""
 PATHS = ("allgather", "node", "auto")
 """Arguments of ``feedback``: flat, node-aware, and what it chooses."""
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
