@@ -19,7 +19,7 @@ from hpccomm.calls import between_nodes, consistency
 from hpccomm.calls.between_nodes import BetweenNodes
 from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.consistency import ConsistencyTable
-from hpccomm.calls.departures import Farewell
+from hpccomm.calls.departures import Wire
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
 from hpccomm.calls.reports import Reports
 from hpccomm.errors import MismatchError, TransportError
@@ -365,15 +365,17 @@ def test_ranks_of_several_nodes_wait_for_none_that_has_left_before_the_call(node
         between.check_departures(SUM)
 
 
-TAG = 7
-
-
 class Request:
     """A send that has not completed."""
 
+    def Test(self) -> bool:
+        return False
 
-class Wire:
+
+class Messages:
     """A communicator that keeps what is sent, and has messages of rank 2 to be received: tag and content."""
+
+    size = 4
 
     def __init__(self) -> None:
         self.sent, self.under_way = list[tuple[int, int]](), weakref.WeakSet[Request]()
@@ -394,25 +396,30 @@ class Wire:
         spec[0][:] = json.dumps(self.arrived.pop(0)[1]).encode()
 
 
+def leave(table: ConsistencyTable) -> None:
+    """What a rank does for each of its communicators when it leaves the program."""
+    table.mark_left()
+    table.tell_left()
+
+
 def test_a_node_that_leaves_tells_the_next_one_who_has_made_the_fewest_calls(node: MakeTables) -> None:
     first, second, third = node(3)
-    wire = Wire()
+    comm = Messages()
     for each in (first, second, third):
-        each.tell_departure = Farewell(wire, receiver=3, tag=TAG)
+        each.wire = Wire(comm, 3, each.note_departure)
     for each in (first, first, second, second, third):
         each.enter(each.announce(SUM))
         each.leave()
-    second.mark_left()
-    first.mark_left()
-    first.mark_left()
-    assert wire.sent == [(1, 2), (0, 2)], "the lowest rank of equal ones, and nobody twice"
+    for each in (second, first, first):
+        leave(each)
+    assert comm.sent == [(1, 2), (0, 2)], "the lowest rank of equal ones, and nobody twice"
     third.note_departure(7, 1)
     third.note_departure(9, 5)
     assert third.find_departure() is None, "both have left after the last call of this rank"
     third.enter(third.announce(SUM))
     assert third.deadlock_reason() == f"rank 7 has left the program, rank 2 waits in {SUM}: make all ranks call it"
-    third.mark_left()
-    assert wire.sent[2:] == [(2, 1)]
+    leave(third)
+    assert comm.sent[2:] == [(2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -429,24 +436,24 @@ def test_a_node_that_leaves_tells_what_it_has_been_told_unless_the_receiver_has_
     node: MakeTables, arrived: list[tuple[int, int]], sent: list[tuple[int, int]]
 ) -> None:
     """Also what has arrived without a watchdog that received it, as at the end of a program; other messages end."""
-    tables, wire = node(2), Wire()
+    tables, comm = node(2), Messages()
     for each in tables:
         each.enter(each.announce(SUM))
         each.leave()
     for departure in arrived[:1]:
         tables[1].note_departure(*departure)
-    wire.arrived += [(TAG, list(each)) for each in arrived[1:]] + [(TAG + 1, [9, [0]])]
-    tables[0].tell_departure = Farewell(wire, receiver=2, tag=TAG)
-    tables[0].mark_left()
-    assert (wire.sent, wire.arrived) == (sent, [])
+    comm.arrived += [(Wire.DEPARTURE, list(each)) for each in arrived[1:]] + [(Wire.ANSWER, [9, [0]])]
+    tables[0].wire = Wire(comm, 2, tables[0].note_departure)
+    leave(tables[0])
+    assert (comm.sent, comm.arrived) == (sent, [])
 
 
 def test_what_mpi_still_sends_lives_as_long_as_the_table(node: MakeTables) -> None:
-    (table,), wire = node(1), Wire()
-    table.tell_departure = Farewell(wire, receiver=1, tag=TAG)
-    table.mark_left()
+    (table,), comm = node(1), Messages()
+    table.wire = Wire(comm, 1, table.note_departure)
+    leave(table)
     gc.collect()
-    assert len(wire.under_way) == 1, "the request, and so its buffer"
+    assert len(comm.under_way) == 1, "the request, and so its buffer"
 
 
 def test_missing_ranks_are_those_that_have_not_entered(node: MakeTables) -> None:

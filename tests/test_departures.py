@@ -99,10 +99,10 @@ def test_ranks_may_end_at_their_own_pace(name: str) -> None:
 def test_no_node_leaves_before_the_last_one() -> None:
     """A message of a rank that is late could not reach one that has ended."""
     body = """
-        from hpccomm.calls import consistency
+        from hpccomm.calls import watchdog
         comm.Barrier(); time.sleep(0.5 * comm.rank)
         print("leaves", time.monotonic(), flush=True)
-        consistency.leave_program()
+        watchdog._watchdog.end(leaves=True)
         print("has left", time.monotonic(), flush=True)
     """
     status, said = run_job(6, body)

@@ -369,7 +369,7 @@ def test_messages_of_the_watchdog_never_reach_the_next_communicator() -> None:
             group = comm.context._group
             if group.wire is not None and comm.rank == 0:
                 group.ask(1, 1, 0)
-                group.send(1, watchdog.ANSWER, (7, "x" * length))
+                group.send(1, group.wire.ANSWER, (7, "x" * length))
             MPI.COMM_WORLD.Barrier()
             comm.Free()
             made = [MPI.COMM_WORLD.Split(0, 0) for k in range(40)]
@@ -586,6 +586,12 @@ def test_old_texts_make_room_for_new_ones() -> None:
         made.intern(f"text {k}")
     assert made.ring.read_text(first) == "?"
     assert made.ring.read_text(made.intern("first")) == "first"
+    for k in range(TEXTS - 1):
+        made.intern(f"other {k}")
+    number = made.intern("first")
+    for k in range(TEXTS // 2):
+        made.intern(f"third {k}")
+    assert made.ring.read_text(number) == "first", "a text that is used again holds as long as a new one"
     assert made.ring.read_text(made.intern("ä" * 500)).startswith("ä" * 40)
 
 

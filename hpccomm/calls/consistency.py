@@ -21,7 +21,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpccomm.calls.blocks import OBJECT_SIGNATURES, Amounts
-from hpccomm.calls.departures import Departure, Farewell
+from hpccomm.calls.departures import Departure, Wire
 from hpccomm.calls.fingerprint import (
     REMEDIES,
     TEXT_BYTES,
@@ -119,8 +119,8 @@ class ConsistencyTable:
         """Number and fingerprint of member k's last call in shared memory, which has no entry here."""
         self.between: Any = None
         """Compares calls between nodes (:class:`hpccomm.calls.between_nodes.BetweenNodes`), if there are several."""
-        self.tell_departure: Farewell | None = None
-        """Tells another node which rank has left, if there are several nodes."""
+        self.wire: Wire | None = None
+        """To other nodes, if there are several."""
         self.entered = EnteredCall(self, self.leave, lambda: None)
         """Around the calls that are entered and left by :meth:`enter` or :meth:`begin` and :meth:`leave`."""
         self.met = 0
@@ -588,9 +588,9 @@ class ConsistencyTable:
 
     def note_departure(self, rank: int, calls: int) -> None:
         """Note that a rank of another node has left the program after so many calls."""
-        known = self._words[self._base + ELSEWHERE]
         word = calls * MOST_RANKS + rank + 1
-        self._words[self._base + ELSEWHERE] = min(known or word, word)
+        with contextlib.suppress(ValueError):  # the table is closed
+            self._words[self._base + ELSEWHERE] = min(self._words[self._base + ELSEWHERE] or word, word)
 
     def check_stall(self, word: int, seconds: float, find_missing: Callable[[], list[int]]) -> None:
         """Check a call in shared memory that waits for some members: raise if they can never enter it.
@@ -776,15 +776,14 @@ class ConsistencyTable:
 
         Not if a rank of this node has left before after fewer calls, or the rank that would receive it has left.
         """
-        tell = self.tell_departure
-        if tell is None:
+        wire = self.wire
+        if wire is None:
             return
-        for rank, calls in tell.receive():
-            self.note_departure(rank, calls)
+        wire.receive()
         here, elsewhere = self._list_left(), self._list_elsewhere()
-        if min(here)[1] == self._me and all(rank != tell.receiver for _, rank in elsewhere):
+        if min(here)[1] == self._me and all(rank != wire.receiver for _, rank in elsewhere):
             calls, rank = min([*here, *elsewhere])
-            tell(rank, calls)
+            wire.tell(rank, calls)
 
 
 class EnteredCall:
@@ -838,3 +837,8 @@ os.register_at_fork(after_in_child=_tables.clear)
 def leave_program() -> None:
     """Tell the other ranks that this one makes no more calls, as MPI ends."""
     _departure.leave()
+
+
+def meet_at_end(wire: Wire) -> None:
+    """Let the end of this process wait for ranks that have not come when a communicator was freed."""
+    _departure.unmet.append(wire)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.observe.processes import find_launchers, read_process
@@ -28,16 +27,21 @@ class Departure:
     ranks do not wait there, while a message to one that has ended never ends.
     """
 
-    SHORT_SECONDS, LONG_SECONDS = 1e-3, 20e-3
-    """How long this process sleeps at first between two looks for the others, and at most."""
+    SHORT_SECONDS, LONG_SECONDS, LOOKS = 1e-3, 20e-3, 16
+    """How long this process sleeps at first between two looks for the others, and at most; every so many looks it finds
+    out which of them live."""
 
     def __init__(self, tables: Iterable[Any], served: bool | None = None) -> None:
         """``served``: whether the others of this node are waited for if there is no other node; by default with Open
         MPI."""
         self._tables, self._process, self._pid = tables, os.getpid(), os.getpid
         self._served = MPI.get_vendor()[0] == "Open MPI" if served is None else served
-        self._is_over, self._progress = MPI.Is_finalized, MPI.COMM_WORLD.Iprobe  # modules may be cleared before use
-        self._sleep, self._signal = time.sleep, os.kill
+        self.unmet = list[Wire]()
+        """Those of communicators that this rank has freed and others had not."""
+        # modules may be cleared before this is used
+        self._is_over, self._progress, self._sleep = MPI.Is_finalized, MPI.COMM_WORLD.Iprobe, time.sleep
+        self._open, self._read, self._close, self._parent = os.open, os.read, os.close, os.getppid
+        self._launcher = os.getppid()
 
     def __del__(self) -> None:
         if self._pid() == self._process:  # a child of fork is no rank
@@ -48,82 +52,104 @@ class Departure:
         tables = [] if self._is_over() else list(self._tables)
         for table in tables:
             table.mark_left()
-        farewells = [table.tell_departure for table in tables if table.tell_departure]
-        for table in tables:
-            table.tell_left()
-        for each in farewells:
-            each.meet()
-        if not (self._served or farewells):
-            return
-        seconds = self.SHORT_SECONDS
-        while not self._is_over() and self._is_awaited(tables, farewells):
+        wires = [table.wire for table in tables if table.wire]
+        try:
+            for table in tables:
+                table.tell_left()
+        finally:
+            for each in wires:
+                each.meet()
+        wires += self.unmet
+        looks, seconds = 0, self.SHORT_SECONDS
+        while (self._served or wires) and not self._is_over() and self._is_awaited(tables, wires, looks):
             self._progress()
             self._sleep(seconds)
-            seconds = min(1.1 * seconds, self.LONG_SECONDS)
+            looks, seconds = looks + 1, min(1.1 * seconds, self.LONG_SECONDS)
 
-    def _is_awaited(self, tables: list[Any], farewells: list[Farewell]) -> bool:
+    def _is_awaited(self, tables: list[Any], wires: list[Wire], looks: int) -> bool:
         """Whether some rank has not left: one of this node that lives, or one of another node while all here live."""
-        met = [each.has_met() for each in farewells]  # makes progress with all
-        opened, left = set[int](), set[int]()
+        met = [each.has_met() for each in wires]  # makes progress with all
+        if self._parent() != self._launcher:  # nobody waits for this process any more
+            return False
+        opened, left = set[int](), {self._process}
         for table in tables:
             for pid, has_left in table.list_processes():
                 (left if has_left else opened).add(pid)
-        here = opened - left - {self._process}
-        return any(map(self._is_alive, here)) if here else not all(met)
+        here = opened - left
+        return (looks % self.LOOKS > 0 or any(map(self._is_alive, here))) if here else not all(met)
 
     def _is_alive(self, pid: int) -> bool:
-        """Whether there is such a process."""
+        """Whether a process runs."""
         try:
-            self._signal(pid, 0)
+            file = self._open(f"/proc/{pid}/stat", 0)
+        except FileNotFoundError:
+            return False
+        except OSError:  # no file can be opened, which says nothing of it
+            return True
+        try:
+            return self._read(file, 512).rpartition(b")")[2][1:2] not in b"ZX"
         except OSError:
             return False
-        return True
+        finally:
+            self._close(file)
 
 
-class Farewell:
-    """Tells the first rank of the next node, without waiting, which rank has left with the fewest calls.
+class Wire:
+    """Messages between the watchdogs of a communicator with several nodes, and its ranks' meeting at the end.
 
-    ``receiver`` is that rank, ``tag`` that of such messages on ``wire``; ``counts`` of shape ``(2, p)`` are the
-    messages sent to each rank there and received from it.  Python may have cleared modules by then, so what it takes is
-    kept here, and what MPI still sends as long as the consistency table.
+    ``comm`` is a communicator of the same ranks for this alone, ``receiver`` the first rank of the next node.  Python
+    may have cleared modules when this is used for the last time, so what it takes is kept here.
     """
 
-    def __init__(self, wire: MPI.Intracomm, receiver: int, tag: int, counts: npt.NDArray[np.int64]) -> None:
-        self.receiver, self._tag, self._wire, self._counts = receiver, tag, wire, counts
-        self._status, self._type, self._is_over = MPI.Status(), MPI.BYTE, MPI.Is_finalized
-        self._due = np.empty_like(counts[0])
-        self._sent: Any = None
+    REQUEST, ANSWER, DEPARTURE = 1, 2, 3
+    """Tags: where the ranks of a node stand is asked, and answered; a rank has left."""
+
+    def __init__(self, comm: MPI.Intracomm, receiver: int, note: Callable[[int, int], None]) -> None:
+        """``note(rank, calls)`` is called for each rank of which another node says that it has left."""
+        self.comm, self.receiver, self._note = comm, receiver, note
+        self._status, self._type = MPI.Status(), MPI.BYTE
+        self._sent = list[tuple[MPI.Request, bytes]]()
+        self._counts, self._received, self._has_told = np.zeros(comm.size, np.int64), 0, False
+        """Messages sent to each rank, and received."""
+        self._due = np.zeros(1, np.int64)
         self._meeting: Any = None
 
-    def __call__(self, rank: int, calls: int) -> None:
-        """Send once, as JSON, which rank has left and after how many calls."""
-        if self._sent is None:
-            content = f"[{rank}, {calls}]".encode()
-            self._counts[0, self.receiver] += 1
-            self._sent = self._wire.Isend([content, self._type], self.receiver, self._tag), content
+    def send(self, content: bytes, rank: int, tag: int) -> None:
+        """Send without waiting."""
+        self._sent = [each for each in self._sent if not each[0].Test()]
+        self._counts[rank] += 1
+        self._sent.append((self.comm.Isend([content, self._type], rank, tag), content))
 
-    def receive(self) -> list[tuple[int, int]]:
-        """Receive what has arrived; returns who has left, and after how many calls."""
+    def receive(self) -> list[tuple[int, int, bytes]]:
+        """Receive what has arrived: rank, tag and content, but for what says that a rank has left."""
         found = []
-        while self._wire.Iprobe(status=self._status):
+        while self.comm.Iprobe(status=self._status):
             octets = bytearray(self._status.Get_count(self._type))
-            self._wire.Recv([octets, self._type], self._status.source, self._status.tag)
-            self._counts[1, self._status.source] += 1
-            if self._status.tag == self._tag:
+            self.comm.Recv([octets, self._type], self._status.source, self._status.tag)
+            self._received += 1
+            if self._status.tag == self.DEPARTURE:
                 rank, calls = octets.decode().strip("[]").split(",")
-                found.append((int(rank), int(calls)))
+                self._note(int(rank), int(calls))
+            else:
+                found.append((self._status.source, self._status.tag, bytes(octets)))
         return found
 
+    def tell(self, rank: int, calls: int) -> None:
+        """Tell the next node once, as JSON, which rank has left and after how many calls."""
+        if not self._has_told:
+            self._has_told = True
+            self.send(f"[{rank}, {calls}]".encode(), self.receiver, self.DEPARTURE)
+
     def meet(self) -> None:
-        """Begin to meet the ranks of all nodes, none of which sends more."""
+        """Begin to meet the other ranks, after which this one sends no more."""
         if self._meeting is None:
-            self._told = self._counts[0].copy()
-            self._meeting = self._wire.Ialltoall(self._told, self._due)
+            self._meeting = self.comm.Ireduce_scatter_block(self._counts, self._due)
 
     def has_met(self) -> bool:
-        """Whether all ranks are here and all messages to this one received, as MPI wants before it ends."""
+        """Whether all ranks have come, and no message is under way to this one or from it, as MPI wants at its end."""
         self.receive()
-        return bool(self._meeting.Test() and (self._due <= self._counts[1]).all())
+        sent = all([each.Test() for each, _ in self._sent])
+        return bool(self._meeting.Test()) and sent and self._received >= int(self._due[0])
 
 
 class Launchers:

@@ -22,12 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
-import numpy as np
 from mpi4py import MPI
 
 from hpccomm import settings
-from hpccomm.calls.consistency import leave_program
-from hpccomm.calls.departures import Farewell, Launchers
+from hpccomm.calls.consistency import leave_program, meet_at_end
+from hpccomm.calls.departures import Launchers, Wire
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import HpccommError
 from hpccomm.observe.flight_recorder import (
@@ -45,7 +44,7 @@ from hpccomm.observe.flight_recorder import (
     recorder,
 )
 from hpccomm.performance.units import format_ranges
-from hpccomm.transports.polling import LONGEST_SECONDS, await_request
+from hpccomm.transports.polling import LONGEST_SECONDS
 
 PERIOD, QUICK = 0.25, 0.05
 """Seconds between two checks by the watchdog, and while it asks or answers."""
@@ -61,8 +60,6 @@ FREE_SECONDS = 5.0
 """How long a rank that frees a communicator waits for the others, before it leaves that to MPI's end."""
 MOST_LINES = 32
 OTHER_NODE = "on another node"
-REQUEST, ANSWER, DEPARTURE = 1, 2, 3
-"""Tags of messages between nodes."""
 
 T = TypeVar("T")
 CheckTime = Callable[[float], float | None]
@@ -105,21 +102,19 @@ class Group:
         wire: MPI.Intracomm | None = None,
         of: tuple[Group, Sequence[int]] | None = None,
     ) -> None:
-        self.comm, self.rank, self.nodes, self.table, self.wire = comm, rank, nodes, table, wire
+        self.comm, self.rank, self.nodes, self.table = comm, rank, nodes, table
         self._parent: Group | None = of[0] if of else None
         self._ranks: Sequence[int] = of[1] if of else ()
         self._checking, self._closed = threading.RLock(), False  # the watchdog, the end of the program, and close
-        self._since, self._sent = (0, 0.0), list[tuple[MPI.Request, bytes]]()
-        self._counts = np.zeros((2, sum(map(len, nodes))), np.int64)
-        """``(2, p)`` messages sent to each rank, and received from it."""
+        self._since = (0, 0.0)
         self._asked: list[tuple[int, int, float, Inquiry]] = []
         """What other nodes have asked and this rank has not answered: who, the number, when, and what was found."""
         self.answers: dict[int, list[State]] = {}
         """The answers of other nodes, by the number of what was asked."""
+        self.wire: Wire | None = None
         if wire is not None:
             mine = next(k for k, members in enumerate(nodes) if rank in members)
-            receiver = nodes[(mine + 1) % len(nodes)][0]
-            table.tell_departure = Farewell(wire, receiver, DEPARTURE, self._counts)
+            self.wire = table.wire = Wire(wire, nodes[(mine + 1) % len(nodes)][0], table.note_departure)
 
     @property
     def processes(self) -> dict[int, int]:
@@ -176,18 +171,8 @@ class Group:
 
     def send(self, rank: int, tag: int, content: Any) -> None:
         """Send without waiting; only while MPI may be called."""
-        octets = json.dumps(content).encode()
         assert self.wire is not None
-        self._sent = [each for each in self._sent if not each[0].Test()]
-        self._sent.append((self.wire.Isend([octets, MPI.BYTE], rank, tag), octets))
-        self._counts[0, rank] += 1
-
-    def receive(self, wire: MPI.Intracomm, status: MPI.Status) -> Any:
-        """The content of a message that has arrived."""
-        octets = bytearray(status.Get_count(MPI.BYTE))
-        wire.Recv([octets, MPI.BYTE], status.source, status.tag)
-        self._counts[1, status.source] += 1
-        return json.loads(octets)
+        self.wire.send(json.dumps(content).encode(), rank, tag)
 
     @property
     def may_ask(self) -> bool:
@@ -204,7 +189,7 @@ class Group:
         if self._parent:
             self._parent.ask(self._ranks[rank], number, comm)
         else:
-            self.send(rank, REQUEST, (number, comm))
+            self.send(rank, Wire.REQUEST, (number, comm))
 
     def find_answers(self, number: int, last: bool = False) -> dict[int, State]:
         """What ranks of other nodes have answered; with ``last`` it is forgotten."""
@@ -218,21 +203,18 @@ class Group:
         """Receive what other nodes have sent, and answer what is ready; returns whether more is to come soon."""
         if self.wire is None:
             return False
-        status = MPI.Status()
-        while self.wire.Iprobe(status=status):
-            content = self.receive(self.wire, status)
-            if status.tag == REQUEST:
+        for source, tag, octets in self.wire.receive():
+            content = json.loads(octets)
+            if tag == Wire.REQUEST:
                 number, comm = content
-                self._asked.append((status.source, number, time.monotonic(), Inquiry(self.processes, comm)))
-            elif status.tag == DEPARTURE:
-                self.table.note_departure(*content)
+                self._asked.append((source, number, time.monotonic(), Inquiry(self.processes, comm)))
             else:
                 self.answers.setdefault(content[0], []).extend(State.decode(each) for each in content[1])
         left = []
         for source, number, when, inquiry in self._asked:
             late = time.monotonic() - when > ANSWER_SECONDS
             if inquiry.collect(late) or late:
-                self.send(source, ANSWER, (number, list(inquiry.states.values())))
+                self.send(source, Wire.ANSWER, (number, list(inquiry.states.values())))
             else:
                 left.append((source, number, when, inquiry))
         self._asked = left
@@ -248,25 +230,17 @@ class Group:
         with _mpi:
             _watchdog.groups.pop(self.comm.number, None)
             wire, self.wire = self.wire, None
-        if wire is not None and self._drain(wire):
-            wire.Free()
-
-    def _drain(self, wire: MPI.Intracomm) -> bool:
-        """Receive what is under way, which MPI could deliver to the next communicator (seen with MPICH).
-
-        False if some rank does not come: then nothing can be freed, and what MPI still writes to is kept.
-        """
-        (sent, received), due, status = self._counts, np.empty_like(self._counts[0]), MPI.Status()
-        request = wire.Ialltoall(sent, due)
-        if not await_request(request, FREE_SECONDS):
-            _not_freed.append((self, wire, request, due))
-            return False
-        for rank in np.repeat(np.arange(due.size), due - received).tolist():
-            wire.Probe(rank, status=status)
-            self.receive(wire, status)
-        for each, _ in self._sent:
-            each.Wait()
-        return True
+        if wire is None:
+            return
+        self.table.wire = None
+        wire.meet()  # a message under way could reach the next communicator (seen with MPICH)
+        until = time.monotonic() + FREE_SECONDS
+        while not (has_met := wire.has_met()) and time.monotonic() < until:
+            time.sleep(LONGEST_SECONDS)
+        if has_met:
+            wire.comm.Free()
+        else:
+            meet_at_end(wire)
 
 
 class NewGroup(Group):
@@ -529,7 +503,6 @@ class Watchdog:
 _mpi = threading.RLock()
 """Held while the watchdog calls MPI."""
 _watchdog = Watchdog()
-_not_freed: list[Any] = []
 
 
 @cache

@@ -312,18 +312,21 @@ class Recorder:
         return {"ring": start + W * MADE, "events": start + W * FIRST_EVENT, "last_event": self._length - 1}
 
     def intern(self, text: str) -> int:
-        """The number of a text, which is written once."""
-        number = self._numbers.get(text)
-        if number is None:
+        """The number of a text, which holds for half of :data:`TEXTS` further ones at least."""
+        number = self._numbers.get(text, -TEXTS)
+        if self._last - number > TEXTS // 2:
             with self._lock:
-                number = self._numbers.get(text) or self._write_text(text)
+                number = self._numbers.get(text, -TEXTS)
+                if self._last - number > TEXTS // 2:
+                    number = self._write_text(text)
         return number
 
     def _write_text(self, text: str) -> int:
         """Write a text in the place of the oldest one."""
         number = self._last = self._last + 1
         place, texts = number % TEXTS, self.ring.head["texts"]
-        self._numbers.pop(self._texts[place], None)
+        if self._numbers.get(self._texts[place]) == number - TEXTS:  # it has not been written again since
+            del self._numbers[self._texts[place]]
         self._texts[place] = text
         texts["number"][0, place] = 0
         texts["text"][0, place] = text.encode()[:TEXT_BYTES]
