@@ -48,6 +48,9 @@ from hpccomm.transports.polling import LONGEST_SECONDS
 
 PERIOD, QUICK = 0.25, 0.05
 """Seconds between two checks by the watchdog, and while it asks or answers."""
+PATIENCE = (2, 8)
+"""Periods for which a rank may raise an error itself before the watchdog aborts all: on one node, and on several, where
+it compares its call with theirs first (on busy cores half a second was too short)."""
 ANSWER_SECONDS, NODE_SECONDS, NODE_TRIES = 3.0, 5.0, 2
 """How long ranks of this node may take to answer, and one of another node, of which so many are asked in turn."""
 AWAKE_SECONDS = 2.0
@@ -152,7 +155,9 @@ class Group:
         reason = self.table.deadlock_reason() if seq else None
         if reason is None or seq != self._since[0]:
             self._since = (seq if reason else 0, time.monotonic())
-        elif time.monotonic() - self._since[1] > 2 * PERIOD and self.table.active_seq == seq:
+        elif (
+            time.monotonic() - self._since[1] > PATIENCE[len(self.nodes) > 1] * PERIOD and self.table.active_seq == seq
+        ):
             abort_all(reason)
 
     def is_first(self, event: Event) -> bool:
