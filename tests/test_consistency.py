@@ -463,6 +463,22 @@ def test_missing_ranks_are_those_that_have_not_entered(node: MakeTables) -> None
     assert tables[0].missing_ranks() == [1]
 
 
+def test_a_rank_waits_for_nothing_in_a_call_that_others_refuse_of_each_other(node: MakeTables) -> None:
+    """No call contradicts that of the last rank: the second one sends the first one too much."""
+    root, odd, right, late = node(4)
+    received = Amounts((0, 0, 0, 0), (8, 24, 8, 8))
+    right.enter(right.announce(ROOT_0), Amounts((8, 0, 0, 0), (0, 0, 0, 0)))
+    odd.enter(odd.announce(ROOT_0), Amounts((32, 0, 0, 0), (0, 0, 0, 0)))
+    with pytest.raises(MismatchError, match="sends 4 float64 to rank 0") as refusal, root.entered:
+        root.enter(root.announce(ROOT_0), received)
+    assert right.deadlock_reason() is None, "a rank that is to come may complete it"
+    late.enter(late.announce(ROOT_0), Amounts((8, 0, 0, 0), (0, 0, 0, 0)))
+    assert right.deadlock_reason() == f"rank 2 waits in {ROOT_0}, which rank 0 has left: {refusal.value}"
+    odd.abandon()
+    right.abandon()
+    late.leave()
+
+
 @pytest.mark.parametrize(("amounts", "reach"), [(None, consistency.CALLS - 1), (Amounts((1, 1), (1, 1)), AMOUNT_CALLS)])
 def test_no_rank_leaves_the_reach_of_another_one(node: MakeTables, amounts: Amounts | None, reach: int) -> None:
     """In calls that wait for nobody it stops before it would overwrite what the other one has to compare."""

@@ -122,6 +122,17 @@ def judge(number: int, outcome: Outcome) -> str:
     return "" if is_named(errors) else f"not named: {cell}: {told}"
 
 
+def check(found: dict[int, Outcome]) -> None:
+    """Fail with all that is wrong with some cells."""
+    fail_if_any([judge(number, outcome) for number, outcome in found.items()])
+
+
+def fail_if_any(wrong: list[str]) -> None:
+    """Fail with these sentences in full, which ``assert`` would cut."""
+    if any(wrong):
+        pytest.fail("\n".join(filter(None, wrong)), pytrace=False)
+
+
 def run_cells(folder: Path, numbers: list[int], ranks: int, per_node: int = 0) -> dict[int, Outcome]:
     """Run cells in as many jobs as they need, several at a time, as ranks mostly wait."""
     found: dict[int, Outcome] = {}
@@ -149,14 +160,14 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_every_mistake_is_named_and_legal_calls_pass(outcomes: dict[int, Outcome], collective: str) -> None:
     numbers = [k for k, cell in enumerate(all_cells()) if cell.collective == collective]
-    assert not list(filter(None, (judge(number, outcomes[number]) for number in numbers)))
+    check({number: outcomes[number] for number in numbers})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "step"), [(2, 23), (4, 29)])
 def test_the_same_on_other_numbers_of_ranks(tmp_path: Path, ranks: int, step: int) -> None:
     found = run_cells(tmp_path, list(range(0, len(all_cells()), step)), ranks)
-    assert not list(filter(None, (judge(number, outcome) for number, outcome in found.items())))
+    check(found)
 
 
 def is_compared_between_nodes(cell: Cell) -> bool:
@@ -180,4 +191,4 @@ def test_on_two_nodes_every_rank_raises_the_error_if_all_calls_are_compared(tmp_
         for number, outcome in found.items()
         if must_raise_everywhere(cells[number]) and not (outcome.results and all(map(is_named, outcome.results)))
     ]
-    assert not list(filter(None, wrong))
+    fail_if_any(wrong)

@@ -125,6 +125,26 @@ def test_different_algorithms_are_reported() -> None:
     assert "name the same algorithm" in said
 
 
+def test_a_rank_is_told_that_others_refuse_of_each_other_what_it_waits_for() -> None:
+    """The root refuses what rank 1 has sent, and rank 2, which made no mistake, waits for it to receive."""
+    status, said = outcome(
+        3,
+        """
+        counts = [1, 3, 1 << 20]
+        comm.Barrier()
+        if comm.rank == 0:
+            time.sleep(0.5)
+        try:
+            comm.Gatherv(np.ones(counts[comm.rank] + odd), [np.zeros(sum(counts)), counts] if comm.rank == 0 else None)
+        except hpccomm.MismatchError:
+            pass
+        MPI.COMM_WORLD.Barrier()
+        """,
+    )
+    assert status != 0
+    assert "rank 2 waits in Gatherv(float64, root=0), which rank 0 has left: rank 1 called Gatherv" in said
+
+
 def test_an_uncaught_exception_on_one_rank_ends_the_job_with_its_traceback() -> None:
     status, said = outcome(
         3,

@@ -565,7 +565,22 @@ class ConsistencyTable:
                 return mismatch_message(calls, self._me)
         call = self.find_call(self._base)
         gone = self.find_departure()
-        return self.explain_issue_after(call) if gone is None else self.explain_departure(gone, call)
+        if gone is not None:
+            return self.explain_departure(gone, call)
+        return self.explain_issue_after(call) or self.explain_waiting(call)
+
+    def explain_waiting(self, call: Fingerprint | None) -> str | None:
+        """The error sentence if another rank refuses this call, and none is to come that could complete it.
+
+        Calls of other ranks can contradict each other, and none of them this rank's: one of them sends another one too
+        much, and the rest get nothing.
+        """
+        members = zip(self._peers, self._others, strict=True)
+        refusing = [rank for peer, rank in members if self._words[peer + REFUSED] == self._seq]
+        if not refusing or self.missing_ranks():
+            return None
+        reason = self.read_reason(refusing[0])
+        return f"rank {self._me} waits in {call}, which rank {refusing[0]} has left: {reason}"
 
     def find_departure(self, entered: bool = False) -> int | None:
         """A rank that has left the program without the current call, as far as this node knows.
