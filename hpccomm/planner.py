@@ -33,7 +33,7 @@ from hpccomm.errors import ArgumentError
 from hpccomm.first_use import FirstUse
 from hpccomm.kernels import objects
 from hpccomm.observe.flight_recorder import recorder
-from hpccomm.performance.tuning import BLOCKWISE, Choice
+from hpccomm.performance.tuning import BLOCKWISE, COLLECTIVES, Choice
 from hpccomm.settings import DEVICE_SETTING, ON_HOST
 
 SYNCHRONISING = frozenset(name for name, each in (SIGNATURES | OBJECT_SIGNATURES).items() if each.synchronises)
@@ -270,8 +270,11 @@ class Planner(Member):
         return self.context.decide(collective, nbytes, dtype, allowed)._replace(lengths=(nbytes, nbytes))
 
     def setting(self, collective: str) -> str:
-        """What ``HPCCOMM_ALGORITHM`` says of a collective; empty if nothing."""
-        return algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], collective)
+        """What ``HPCCOMM_ALGORITHM`` says of a collective; empty also for a name for all that only others have."""
+        text = self.context.settings["HPCCOMM_ALGORITHM"].replace(" ", "")
+        found = algorithm_setting(text, collective)
+        others = COLLECTIVES if found in text.split(",") and found not in self.names(collective) else ()
+        return "" if any(found in self.names(each) for each in others) else found
 
     def lengths(self, collective: str, nbytes: int) -> tuple[int, int]:
         """The lengths around ``nbytes`` whose calls in shared memory have the same record; without it, a size class."""

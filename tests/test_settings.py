@@ -64,6 +64,44 @@ def test_wrong_settings_are_refused_with_the_allowed_values(name: str, value: st
         check_environment({name: value})
 
 
+def calls(comm: hpccomm.Communicator) -> dict[str, Any]:
+    """A call of each family, by its name in ``HPCCOMM_ALGORITHM``."""
+    x, y = np.ones(4 * comm.size), np.empty(4 * comm.size)
+    return {
+        "allreduce": lambda: comm.Allreduce(x, y),
+        "reduce": lambda: comm.Reduce(x, y),
+        "reduce_scatter": lambda: comm.Reduce_scatter_block(x, y[:4]),
+        "allgather": lambda: comm.Allgather(x[:4], y),
+        "bcast": lambda: comm.Bcast(x),
+        "alltoall": lambda: comm.Alltoall(x, y),
+        "barrier": comm.Barrier,
+    }
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("name", ["ring", "tree", "pairwise", "shared", "native", "auto"])
+def test_a_name_for_all_collectives_holds_for_those_that_have_it(
+    name: str, comm: hpccomm.Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPCCOMM_ALGORITHM", name)
+    made = hpccomm.Communicator(MPI.Intracomm(comm).Dup())
+    for call in calls(made).values():
+        call()
+    made.Free()
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("wrong", ["rng", "bcast=doubling", "alltoall=ring", "allreduce=pairwise"])
+def test_a_name_that_no_collective_has_or_not_the_one_that_is_named_is_refused(
+    wrong: str, comm: hpccomm.Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPCCOMM_ALGORITHM", wrong)
+    made, (collective, _, name) = hpccomm.Communicator(MPI.Intracomm(comm).Dup()), wrong.rpartition("=")
+    with pytest.raises(ArgumentError, match=f"HPCCOMM_ALGORITHM='{name}' is not available here"):
+        calls(made)[collective or "allreduce"]()
+    made.Free()
+
+
 def test_a_new_communicator_checks_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPCCOMM_SHARED_MEMORY", "yes")
     comm = MPI.COMM_SELF.Dup()
