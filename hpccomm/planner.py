@@ -273,7 +273,7 @@ class Planner(Member):
         """What ``HPCCOMM_ALGORITHM`` says of a collective; empty also for a name for all that only others have."""
         text = self.context.settings["HPCCOMM_ALGORITHM"].replace(" ", "")
         found = algorithm_setting(text, collective)
-        others = COLLECTIVES if found in text.split(",") and found not in self.names(collective) else ()
+        others = COLLECTIVES if found and found in text.split(",") and found not in self.names(collective) else ()
         return "" if any(found in self.names(each) for each in others) else found
 
     def lengths(self, collective: str, nbytes: int) -> tuple[int, int]:
