@@ -61,8 +61,8 @@ class Planner(Member):
 
     @property
     def context(self) -> Context:
-        """The communicator's context."""
-        made: Context = self.comm.context
+        """The communicator's context, also while calls are under way."""
+        made: Context = self.comm._own_context
         return made
 
     def uses_device(self, given: Any) -> bool:

@@ -34,7 +34,7 @@ class Backend:
     @property
     def context(self) -> Context:
         """The communicator's context, also while calls are under way."""
-        found: Context = self.planner.comm._own_context
+        found: Context = self.planner.context
         return found
 
     def algorithms(self, collective: str) -> Sequence[str]:

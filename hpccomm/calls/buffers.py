@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import operator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +64,7 @@ class Buffer:
     @property
     def kind(self) -> str:
         """The name of the elements' dtype."""
-        return self.half or self.pair or str(self.dtype)
+        return self.half or self.pair or name_of(self.dtype)
 
     @property
     def width(self) -> int:
@@ -216,6 +216,11 @@ def check_byte_order(dtype: np.dtype[Any], who: str) -> None:
         )
 
 
+name_of = lru_cache(str)
+"""The name of a dtype, for which NumPy makes a dozen calls."""
+
+
+@lru_cache
 def half_of(dtype: np.dtype[Any]) -> str:
     """The name of a 16-bit float dtype; empty for all others."""
     return dtype.name if dtype == np.float16 or dtype.name == "bfloat16" else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import combinations
 from typing import NamedTuple
 
@@ -68,12 +69,12 @@ class Fingerprint(NamedTuple):
     @property
     def digest(self) -> int:
         """A hash of 28 bits, which fit into a tag of every MPI in use; calls of one kind differ by their count only."""
-        return (zlib.crc32("|".join(self.template).encode()) + self.number * COUNT_PRIME) & DIGEST_MASK
+        return self.word & DIGEST_MASK
 
     @property
     def word(self) -> int:
         """The digest and the count in one word, for shared memory."""
-        return self.digest | (self.number & COUNT_MASK) << COUNT_SHIFT
+        return find_word(self)
 
     def __str__(self) -> str:
         amount = " ".join(part for part in (self.count, self.dtype, self.memory) if part not in ("", UNKNOWN))
@@ -86,6 +87,13 @@ class Fingerprint(NamedTuple):
     def encode(self) -> bytes:
         """The fingerprint as :data:`TEXT_BYTES` bytes for other ranks."""
         return "|".join(self).encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
+
+
+@lru_cache(512)
+def find_word(call: Fingerprint) -> int:
+    """The word of a fingerprint, which is needed several times in every first call of a kind."""
+    digest = zlib.crc32("|".join(call.template).encode()) + call.number * COUNT_PRIME & DIGEST_MASK
+    return digest | (call.number & COUNT_MASK) << COUNT_SHIFT
 
 
 def template_digest(word: int) -> tuple[int, int]:
