@@ -15,6 +15,7 @@ import pytest
 from torch_world import COMPLEX, FLOATS, INTEGERS, MOVED, SHAPES, dist, numbers, process_group, same, torch
 
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
+from hpccomm.transports.polling import await_request
 
 pytestmark = pytest.mark.mpi(sizes=(1, 2, 3, 4))
 
@@ -296,6 +297,102 @@ def test_calls_coalesced() -> None:
     assert all(torch.equal(three, torch.full((3,), r + 0.5)) for r, (_, three) in enumerate(lists))
 
 
+COALESCED: dict[str, Callable[[int, int], Any]] = {
+    "all_reduce": lambda rank, size: dist.all_reduce(torch.ones(8 + rank % 2)),
+    "all_gather": lambda rank, size: dist.all_gather_into_tensor(
+        torch.ones(size * (8 + rank % 2)), torch.ones(8 + rank % 2)
+    ),
+    "reduce_scatter": lambda rank, size: dist.reduce_scatter_tensor(
+        torch.ones(8 + rank % 2), torch.ones(size * (8 + rank % 2))
+    ),
+    "broadcast": lambda rank, size: dist.broadcast(torch.ones(8 + rank % 2), 0, async_op=True),
+}
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("name", COALESCED)
+def test_the_end_of_coalesced_calls_raises_their_error(name: str) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    with dist._coalescing_manager(device=torch.device("cpu"), async_ops=True) as manager:
+        COALESCED[name](rank, size)
+    with pytest.raises(MismatchError, match=r"rank 0 called.*rank 1 called|ranks 0, 2 called"):
+        manager.wait()
+    with dist._coalescing_manager(device=torch.device("cpu"), async_ops=True) as manager:
+        COALESCED[name](0, size)
+    manager.wait()
+
+
+def ones(count: int) -> list[Any]:
+    return [torch.ones(4) for _ in range(count)]
+
+
+def zeros(count: int) -> list[Any]:
+    return [torch.zeros(4) for _ in range(count)]
+
+
+LISTS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[list[Any], list[Any]]]]] = {
+    "allreduce": (lambda group, out, given: group.allreduce(out), lambda size: (ones(2), [])),
+    "allreduce_coalesced": (lambda group, out, given: group.allreduce_coalesced(out), lambda size: (ones(2), [])),
+    "reduce": (lambda group, out, given: group.reduce(out, 0), lambda size: (ones(1), [])),
+    "broadcast": (lambda group, out, given: group.broadcast(out, 0), lambda size: (ones(1), [])),
+    "reduce_scatter": (
+        lambda group, out, given: group.reduce_scatter(out, [given]),
+        lambda size: (zeros(1), ones(size)),
+    ),
+    "reduce_scatter of one": (
+        lambda group, out, given: group.reduce_scatter(out[0], given),
+        lambda size: (zeros(1), ones(size)),
+    ),
+    "reduce_scatter_tensor_coalesced": (
+        lambda group, out, given: group.reduce_scatter_tensor_coalesced(out, given),
+        lambda size: (zeros(1), [torch.ones(4 * size)]),
+    ),
+    "allgather": (lambda group, out, given: group.allgather([out], given), lambda size: (zeros(size), ones(1))),
+    "allgather of one": (
+        lambda group, out, given: group.allgather(out, given[0]),
+        lambda size: (zeros(size), ones(1)),
+    ),
+    "allgather_coalesced": (
+        lambda group, out, given: group.allgather_coalesced([[each] for each in out], given),
+        lambda size: (zeros(size), ones(1)),
+    ),
+    "allgather_into_tensor_coalesced": (
+        lambda group, out, given: group.allgather_into_tensor_coalesced(out, given),
+        lambda size: ([torch.zeros(4 * size)], ones(1)),
+    ),
+    "gather": (
+        lambda group, out, given: group.gather([out] if group.rank() == 0 else [], given),
+        lambda size: (zeros(size), ones(1)),
+    ),
+    "scatter": (
+        lambda group, out, given: group.scatter(out, [given] if group.rank() == 0 else []),
+        lambda size: (zeros(1), ones(size)),
+    ),
+    "alltoall": (lambda group, out, given: group.alltoall(out, given), lambda size: (zeros(size), ones(size))),
+}
+"""Calls with lists, and the tensors that they write and read."""
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_may_be_changed_while_its_call_is_under_way(name: str) -> None:
+    call, make = LISTS[name]
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    out, given = make(dist.get_world_size())
+    tensors = list(out)
+    if rank == last:
+        wait_until_given_up(last)
+    before = dist.all_reduce(torch.ones(4), async_op=True)
+    work = call(dist.group.WORLD, out, given)
+    out.clear()
+    given.clear()
+    if rank != last:
+        give_up(last)
+    before.wait()
+    work.wait()
+    assert (name == "gather" and rank) or all(float(each.min()) >= 1 for each in tensors)
+
+
 @pytest.mark.parametrize("dtype", MOVED, ids=name_of)
 def test_messages(dtype: Any) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -338,6 +435,28 @@ def test_a_message_into_a_view_and_one_of_another_length() -> None:
             dist.recv(torch.empty(4), 0)
         with pytest.raises(MismatchError, match=r"recv of 16 bytes.*from rank 0 got a longer message"):
             dist.recv(torch.empty(4), 0)
+    dist.barrier()
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(1001, torch.float32), (1001, torch.uint8), (2048, torch.uint8)])
+def test_messages_longer_than_mpi_counts(count: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpccomm.torch import messages
+
+    monkeypatch.setattr(messages, "MOST_BYTES", 1000)
+    monkeypatch.setattr(messages, "UNIT_BYTES", 64)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size > 1 and rank == 0:
+        for length in (count, 3, count - 1, count + 1):
+            dist.send(numbers(0, (length,), dtype), 1)
+    elif rank == 1:
+        x = torch.empty(count, dtype=dtype)
+        dist.recv(x, 0)
+        assert same(x, numbers(0, (count,), dtype))
+        for length in (3, count - 1):
+            with pytest.raises(MismatchError, match=rf"rank 0 has sent {length * dtype.itemsize}:"):
+                dist.recv(x, 0)
+        with pytest.raises(MismatchError, match="got a longer message"):
+            dist.recv(x, 0)
     dist.barrier()
 
 
@@ -470,6 +589,39 @@ def test_a_group_is_destroyed_after_its_calls_have_ended() -> None:
         dist.destroy_process_group(group)
         assert all(work.is_success() for work in works)
         assert all(torch.equal(each, torch.full((100,), float(size))) for each in tensors)
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_ranks_may_destroy_groups_in_different_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpccomm.torch import members
+    from hpccomm.torch.parameters import communicator
+
+    waits = list[float]()
+    monkeypatch.setattr(
+        members, "await_request", lambda request, seconds: (waits.append(seconds), await_request(request, seconds))[1]
+    )
+    groups = [dist.new_group() for _ in range(2)]
+    communicator(groups[0])
+    comms = [comm for group in groups for comm in group._comms]
+    for group in groups if dist.get_rank() else reversed(groups):
+        dist.destroy_process_group(group)
+        dist.barrier()
+    assert sum(waits) < 1
+    dist.destroy_process_group(dist.new_group())
+    until = time.monotonic() + 60
+    while any(comms) and time.monotonic() < until:
+        members.free_released()
+    assert not any(comms)
+    dist.barrier()
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_a_group_that_is_made_leaves_no_keys() -> None:
+    group = dist.new_group()
+    assert not group.store.check([f"member {dist.get_rank()}"])
+    dist.barrier()
+    assert not group.store.check(["decision"])
+    dist.destroy_process_group(group)
 
 
 def test_a_tensor_that_is_given_twice_is_reduced_once() -> None:

@@ -56,9 +56,10 @@ def test_one_rank_is_a_group_as_well(tmp_path: Path, entry_point: dict[str, str]
 LATE = "dist.barrier()\ngroup.set_timeout(timedelta(seconds=1))\ntime.sleep(30 * dist.get_rank())\n"
 LATE_RANK = f"import time\nfrom datetime import timedelta\ngroup = dist.new_group()\n{LATE}"
 LONG_LIMIT = "import hpccomm.torch.group\nhpccomm.torch.group.DEFAULT_TIMEOUT = timedelta(0)  # half an hour\n"
-EXCHANGE = (
-    "from hpccomm.progress import submit\nfrom hpccomm.torch.parameters import communicator\n"
-    "exchange = submit(communicator(group), lambda channel: channel.Barrier(), 'an exchange')\n"
+LATE_EXCHANGE = (
+    "import time\nfrom datetime import timedelta\nfrom hpccomm.progress import submit\n"
+    "from hpccomm.torch.parameters import communicator\ngroup = dist.new_group()\ncomm = communicator(group)\n"
+    f"{LATE}exchange = submit(comm, lambda channel: channel.Barrier(), 'an exchange')\n"
 )
 DDP = (
     "import time\nfrom datetime import timedelta\ngroup = dist.new_group()\n"
@@ -119,11 +120,11 @@ MISTAKES = {
         ("missing: rank 1", "rank 0 aborts all ranks: bucket 0 of 1", "timed out after 1 s"),
     ),
     "a missing rank in an exchange before an asynchronous call": (
-        f"{LATE_RANK}{EXCHANGE}dist.all_reduce(torch.ones(8), group=group, async_op=True)\nexchange.wait()",
+        f"{LATE_EXCHANGE}dist.all_reduce(torch.ones(8), group=group, async_op=True)\nexchange.wait()",
         ("missing: rank 1", "rank 0 aborts all ranks: an exchange", "timed out after 1 s"),
     ),
-    "a missing rank of a call behind an exchange": (
-        f"{LATE_RANK}group.set_timeout(timedelta(hours=1))\n{EXCHANGE}"
+    "a missing rank of a call beside an exchange": (
+        f"{LATE_EXCHANGE}group.set_timeout(timedelta(hours=1))\n"
         "dist.barrier(group=group, timeout=timedelta(seconds=1))",
         ("barrier timed out after 1 s: missing ranks: ",),
     ),

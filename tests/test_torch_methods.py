@@ -71,6 +71,30 @@ def test_a_compressed_training_continues_with_the_same_bits(name: str) -> None:
     assert len(hashes_of(ddp.parameters())) == 1
 
 
+def test_calls_of_a_method_run_beside_those_of_its_group() -> None:
+    from mpi4py import MPI
+
+    from hpccomm.torch.members import find_missing
+
+    group, method, rank = dist.group.WORLD, communicator(), dist.get_rank()
+    assert communicator() is method
+    for _ in range(3):
+        x, y, z = torch.ones(100), np.full(100, 10, np.float32), np.empty(100, np.float32)
+        if rank:
+            MPI.COMM_WORLD.recv(source=0)
+            time.sleep(0.05)  # rank 0 is in both calls meanwhile
+        work = dist.all_reduce(x, async_op=True)
+        while rank == 0 and find_missing(group.comm) != [1]:
+            time.sleep(1e-3)
+        if rank == 0:
+            MPI.COMM_WORLD.send(None, 1)
+        method.Allreduce(y, z)
+        work.wait()
+        assert x.tolist() == [2] * 100
+        assert z.tolist() == [20] * 100
+        dist.barrier()
+
+
 def test_a_dense_exchange_is_that_of_ddp() -> None:
     ddp, _, optimizer = wrap(hpccomm.mean)
     plain = torch.nn.parallel.DistributedDataParallel(make_model())

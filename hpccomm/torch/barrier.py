@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import ArgumentError, MismatchError
-from hpccomm.torch.decisions import COMPLETE, decide
+from hpccomm.torch.decisions import COMPLETE, decide, pause
 from hpccomm.torch.group import Group
+from hpccomm.torch.members import DECISION
 
 POLL_SECONDS = 0.005
 
@@ -28,19 +29,28 @@ def monitored_barrier(group: Any = None, timeout: timedelta | None = None, wait_
         raise ArgumentError(f"monitored_barrier: {group!r} is not a group of hpccomm: make it with backend='hpccomm'")
     limit = group.timeout if timeout is None else timeout
     group.barriers += 1
-    prefix, store, ranks = f"barrier {group.barriers}", group.store, range(group.size())
-    store.set(f"{prefix} {group.rank()}", "here")
-    until, missing = time.monotonic() + limit.total_seconds(), list(ranks)
+    await_all(group.store, group.rank(), group.size(), group.barriers, limit.total_seconds())
+
+
+def await_all(store: Any, me: int, size: int, number: int, limit: float) -> None:
+    """Wait in torch's store until all ranks are in the barrier of this number, or one has waited longer than its limit.
+
+    Then all ranks have left the barrier before, whose keys are deleted.
+    """
+    prefix, ranks = f"barrier {number}", range(size)
+    store.set(f"{prefix} {me}", "here")
+    until, missing = time.monotonic() + limit, list(ranks)
     while missing := [rank for rank in missing if not store.check([f"{prefix} {rank}"])]:
-        if time.monotonic() > until and decide(store, f"{prefix} decision", str(group.rank())) != COMPLETE:
+        if time.monotonic() > until and decide(store, f"{prefix} {DECISION}", str(me)) != COMPLETE:
             raise MismatchError(
-                f"rank {group.rank()}: monitored_barrier timed out after {limit.total_seconds():g} s: "
-                f"{format_ranks(missing)} did not call it"
+                f"rank {me}: monitored_barrier timed out after {limit:g} s: {format_ranks(missing)} did not call it"
             )
-        time.sleep(POLL_SECONDS)
-    first = decide(store, f"{prefix} decision", COMPLETE)
+        pause(POLL_SECONDS)
+    first = decide(store, f"{prefix} {DECISION}", COMPLETE)
+    for name in (me, *([DECISION] if me == 0 else [])):
+        store.delete_key(f"barrier {number - 1} {name}")
     if first != COMPLETE:
         raise MismatchError(
-            f"rank {group.rank()}: monitored_barrier: rank {first} timed out before all ranks had come: call it on all "
-            "ranks in time"
+            f"rank {me}: monitored_barrier: rank {first} timed out before all ranks had come: call it on all ranks in "
+            "time"
         )

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from hpccomm.calls.watchdog import FREE_SECONDS, limit_calls
+from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError
-from hpccomm.observe.flight_recorder import clock, recorder
 from hpccomm.progress import complete_at_end
 from hpccomm.torch import members
 from hpccomm.torch.collectives import Collectives
@@ -43,8 +43,14 @@ def is_one(tensors: TensorOrTensors) -> bool:
 
 
 def as_list(tensors: TensorOrTensors) -> list[Tensor]:
-    """One tensor as a list."""
-    return [tensors] if is_one(tensors) else tensors
+    """One tensor as a list, others as a list that the caller cannot change."""
+    return [tensors] if is_one(tensors) else list(tensors)
+
+
+def find_gather(outputs: list[Any], inputs: TensorOrTensors) -> tuple[list[Tensor], Tensor]:
+    """Where a gather writes, nowhere if there are no outputs, and what this rank sends."""
+    into = outputs if is_one(inputs) or not outputs else outputs[0]
+    return list(into), as_list(inputs)[0]
 
 
 def read_options(make: type, given: Any, *more: Any) -> Any:
@@ -58,6 +64,12 @@ def read_options(make: type, given: Any, *more: Any) -> Any:
         elif each is not None:
             options.reduceOp = each
     return options
+
+
+def find_excess(limit: timedelta, seconds: float) -> float | None:
+    """The limit in seconds if a call that has taken so long is beyond it, 0 for none."""
+    most = limit.total_seconds()
+    return most if 0 < most < seconds else None
 
 
 def make_group(given: Any, options: Any = None) -> Group:
@@ -79,10 +91,13 @@ class Group(dist.ProcessGroup):
         self.barriers = 0
         """How often :func:`~hpccomm.torch.monitored_barrier` was called."""
         self._collectives, self._calls = Collectives(comm, options), CallQueue()
+        self._comms = [comm]
+        """The communicators to free at the end: the group's own, and that of :meth:`methods_comm`."""
+        self._coalesced: list[Any] | None = None
+        """The calls since coalescing began, None where it is not under way."""
         self._label, self._name = f"rank {comm.rank}", ""
         members.remember(self, given.global_ranks_in_group)
-        self._number = comm.context.recorded.number
-        limit_calls(self._number, self._check_time)
+        limit_calls(comm.context.recorded.number, self._check_time)
 
     # What torch asks about a group
 
@@ -127,38 +142,58 @@ class Group(dist.ProcessGroup):
     def _get_sequence_number_for_group(self) -> int:
         return 0
 
-    def _start_coalescing(self, device: Any) -> None: ...
+    def _start_coalescing(self, device: Any) -> None:
+        self._coalesced = []
 
     def _end_coalescing(self, device: Any) -> Work:
-        return self._run("coalesced calls", None, lambda on: None, [])
+        """The handle of all asynchronous calls since coalescing began; its ``wait`` raises their first error."""
+        works, self._coalesced = self._coalesced or [], None
+
+        def wait_for_all(on: Collectives) -> None:
+            for each in works:
+                each.wait()
+
+        return self._run("coalesced calls", None, wait_for_all, [])
+
+    def methods_comm(self) -> Communicator:
+        """A communicator of the group's ranks for hpccomm's methods; the first call is collective.
+
+        The group's thread may be in a call on the group's own communicator meanwhile.
+        """
+        if len(self._comms) < 2:
+            options = dist.BarrierOptions()
+            options.asyncOp = False
+            self._run("communicator", options, lambda on: self._duplicate(), [])
+        return self._comms[-1]
+
+    def _duplicate(self) -> None:
+        made = self.comm.Dup()
+        limit_calls(made.context.recorded.number, lambda seconds: find_excess(self.timeout, seconds))
+        self._comms.append(made)
 
     def _check_time(self, seconds: float) -> float | None:
-        """The limit, if a call that cannot raise, or an exchange of a method, has taken longer.
-
-        The oldest call of the communicator has taken ``seconds``.
-        """
+        """The limit, if a call that cannot raise has taken longer; the oldest call has taken ``seconds``."""
         raises = self._calls.expire()
-        limit = (self._calls.limit_here or self.timeout).total_seconds()
-        if not 0 < limit < seconds or (raises and self._exchange_seconds() < limit):
-            return None
-        return limit
-
-    def _exchange_seconds(self) -> float:
-        """How long the progress thread has been in an exchange on this group; 0 if it is in none."""
-        begins = [each.begin for each in recorder().ring.running() if each.comm == -self._number]
-        return (clock() - min(begins)) / 1e9 if begins else 0.0
+        return None if raises else find_excess(self._calls.limit_here or self.timeout, seconds)
 
     def shutdown(self) -> None:
-        """End the threads, and free the communicator once all calls have ended and all ranks have come here."""
-        limit_calls(self._number, None)
-        self._calls.close()
+        """End the threads; the communicators are freed once all calls have ended and all ranks have come here."""
+        comms = self._close()
         if self._calls.settle(time.monotonic() + FREE_SECONDS):
-            members.release(self.comm)
+            for each in comms:
+                members.release(each)
 
     def abort(self) -> None:
-        """As torch asks on errors: calls under way cannot be ended, the communicator stays as it is."""
-        limit_calls(self._number, None)
+        """As torch asks on errors: calls under way cannot be ended, the communicators stay as they are."""
+        self._close()
+
+    def _close(self) -> list[Communicator]:
+        """Take no more calls; returns the communicators of the group."""
+        comms, self._comms = self._comms, []
+        for each in comms:
+            limit_calls(each._own_context.recorded.number, None)
         self._calls.close()
+        return comms
 
     # Running calls
 
@@ -186,12 +221,19 @@ class Group(dist.ProcessGroup):
                 self._calls.leave()
             return DONE
         work = Work(f"{self._label}: {name}", partial(body, self._collectives), results, self._describe_missing, limit)
+        self._note(work)
         if asynchronous or raises:
             self._calls.submit(work)
         else:
             self._calls.put(work)
         if not asynchronous:
             work.wait()
+        return work
+
+    def _note(self, work: Any) -> Any:
+        """The handle of a call, which that of coalesced calls waits for."""
+        if self._coalesced is not None:
+            self._coalesced.append(work)
         return work
 
     def _describe_missing(self) -> str:
@@ -225,17 +267,17 @@ class Group(dist.ProcessGroup):
         self, outputs: TensorOrTensors, inputs: list[Any], opts: Any = None, timeout: Any = None, *, op: Any = None
     ) -> Work:
         """Reduce one tensor a rank; each rank gets its own."""
-        opts, given = read_options(dist.ReduceScatterOptions, opts, op), inputs if is_one(outputs) else inputs[0]
+        opts, given = read_options(dist.ReduceScatterOptions, opts, op), list(inputs if is_one(outputs) else inputs[0])
         outputs, op = as_list(outputs), opts.reduceOp
         return self._run("reduce_scatter", opts, lambda on: on.reduce_scatter(outputs[0], given, op), outputs, timeout)
 
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], tensors: list[Tensor], opts: Any = None) -> Work:
         """Reduce tensors over the ranks; each rank gets an equal part of each."""
         opts = read_options(dist.ReduceScatterOptions, opts)
-        op = opts.reduceOp
+        op, pairs = opts.reduceOp, list(zip(outputs, tensors, strict=True))
 
         def body(on: Collectives) -> None:
-            for output, tensor in zip(outputs, tensors, strict=True):
+            for output, tensor in pairs:
                 on.reduce_scatter_tensor(output, tensor, op)
 
         return self._run("reduce_scatter_tensor", opts, body, outputs)
@@ -258,23 +300,25 @@ class Group(dist.ProcessGroup):
 
     def allgather(self, outputs: list[Any], inputs: TensorOrTensors, opts: Any = None, timeout: Any = None) -> Work:
         """Gather a tensor of each rank; they may be of different lengths."""
-        outputs, inputs = [outputs] if is_one(inputs) else outputs, as_list(inputs)
-        return self._run("all_gather", opts, lambda on: on.allgather(outputs[0], inputs[0]), outputs, timeout)
+        into, tensor = find_gather(outputs, inputs)
+        return self._run("all_gather", opts, lambda on: on.allgather(into, tensor), [into], timeout)
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
         """Gather several tensors of each rank: ``outputs[k]`` are those of rank k."""
+        pairs = [([each[k] for each in outputs], tensor) for k, tensor in enumerate(inputs)]
 
         def body(on: Collectives) -> None:
-            for k, tensor in enumerate(inputs):
-                on.allgather([each[k] for each in outputs], tensor)
+            for into, tensor in pairs:
+                on.allgather(into, tensor)
 
         return self._run("all_gather_coalesced", opts, body, outputs)
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], tensors: list[Tensor], opts: Any = None) -> Work:
         """Gather tensors of each rank, each into one tensor."""
+        pairs = list(zip(outputs, tensors, strict=True))
 
         def body(on: Collectives) -> None:
-            for output, tensor in zip(outputs, tensors, strict=True):
+            for output, tensor in pairs:
                 on.allgather_tensor(output, tensor)
 
         return self._run("all_gather_into_tensor", opts, body, outputs)
@@ -292,21 +336,21 @@ class Group(dist.ProcessGroup):
     ) -> Work:
         """Gather a tensor of each rank on the root."""
         opts = read_options(dist.GatherOptions, opts, root)
-        outputs, inputs = [outputs] if is_one(inputs) else outputs, as_list(inputs)
-        into, root = outputs[0] if outputs else [], opts.rootRank
-        return self._run("gather", opts, lambda on: on.gather(into, inputs[0], root), outputs, timeout)
+        root, (into, tensor) = opts.rootRank, find_gather(outputs, inputs)
+        return self._run("gather", opts, lambda on: on.gather(into, tensor, root), [into] if outputs else [], timeout)
 
     def scatter(
         self, outputs: TensorOrTensors, inputs: list[Any], opts: Any = None, timeout: Any = None, *, root: Any = None
     ) -> Work:
         """Send one of the root's tensors to each rank."""
         opts = read_options(dist.ScatterOptions, opts, root)
-        given, root = inputs if is_one(outputs) or not inputs else inputs[0], opts.rootRank
+        given, root = list(inputs if is_one(outputs) or not inputs else inputs[0]), opts.rootRank
         outputs = as_list(outputs)
         return self._run("scatter", opts, lambda on: on.scatter(outputs[0], given, root), outputs, timeout)
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None, timeout: Any = None) -> Work:
         """Send a tensor to each rank, and receive one from each."""
+        outputs, inputs = list(outputs), list(inputs)
         return self._run("all_to_all", opts, lambda on: on.alltoall(outputs, inputs), outputs, timeout)
 
     def all_to_all_single(
@@ -334,12 +378,12 @@ class Group(dist.ProcessGroup):
 
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Message:
         """Send a tensor to a rank."""
-        return send(self.comm, tensors[0], rank, tag, self._who("send"), self.timeout)
+        return self._note(send(self.comm, tensors[0], rank, tag, self._who("send"), self.timeout))  # type: ignore[no-any-return]
 
     def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Message:
         """Receive a tensor from a rank."""
-        return receive(self.comm, tensors[0], rank, tag, self._who("recv"), self.timeout)
+        return self._note(receive(self.comm, tensors[0], rank, tag, self._who("recv"), self.timeout))  # type: ignore[no-any-return]
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Message:
         """Receive a tensor from any rank."""
-        return receive(self.comm, tensors[0], MPI.ANY_SOURCE, tag, self._who("recv"), self.timeout)
+        return self._note(receive(self.comm, tensors[0], MPI.ANY_SOURCE, tag, self._who("recv"), self.timeout))  # type: ignore[no-any-return]

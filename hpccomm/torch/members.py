@@ -15,10 +15,9 @@ from mpi4py import MPI
 
 from hpccomm import launcher
 from hpccomm.calls.fingerprint import format_ranks
-from hpccomm.calls.watchdog import FREE_SECONDS
 from hpccomm.communicator import Communicator, install_abort_hook
 from hpccomm.errors import LaunchError, MismatchError
-from hpccomm.torch.decisions import COMPLETE, decide
+from hpccomm.torch.decisions import COMPLETE, decide, pause
 from hpccomm.torch.meeting import GROUP_TAG, Place, await_ranks
 from hpccomm.torch.options import Options
 from hpccomm.transports.polling import await_request
@@ -26,11 +25,17 @@ from hpccomm.transports.polling import await_request
 MEETING_SECONDS = 0.01
 """The longest time between two looks for the other ranks of a new group."""
 
+RELEASE_SECONDS = 0.1
+"""How long a rank that releases a communicator waits for the others, before it frees that later."""
+
 DECISION = "decision"
 """The key under which the ranks of a group decide whether it is made."""
 
 _base: dict[str, Any] = {}
 """``"world"``: all ranks in torch's order; ``"comm"``, ``"options"``: those of the default group."""
+
+_released: list[tuple[Communicator, Any]] = []
+"""Communicators to free, and the requests that complete once all ranks have released them."""
 
 _made: Counter[str] = Counter()
 """How often this rank has made the default group (``""``), and groups of each name since then."""
@@ -68,6 +73,8 @@ def create(given: Any) -> tuple[Communicator, Any, Options | None]:
     group.Free()
     everyone.Free()
     comm.context  # noqa: B018  makes it now, while all ranks are here
+    forget_decision(store, ranks)
+    free_released()
     return comm, store, _base["options"]
 
 
@@ -89,7 +96,7 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
                 raise MismatchError(f"{who} cannot be made, {format_ranks(gone)} left the program before: {remedy}")
             if missing and waited > limit and decide(store, DECISION, str(me)) != COMPLETE:
                 raise MismatchError(f"{who} was not made in {limit:g} s, missing: {format_ranks(missing)}: {remedy}")
-        time.sleep(min(MEETING_SECONDS, waited))
+        pause(min(MEETING_SECONDS, waited))
     named = {rank: store.get(key).decode() for rank, key in zip(ranks, keys, strict=True)}
     other = next((rank for rank in ranks if named[rank] != named[me]), None)
     if other is not None:
@@ -97,6 +104,14 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
     decision = decide(store, DECISION, COMPLETE)
     if decision != COMPLETE:
         raise MismatchError(f"{who} cannot be made, rank {decision} has waited and timed out before: {remedy}")
+
+
+def forget_decision(store: Any, ranks: list[int]) -> None:
+    """Delete this rank's keys of a group that is made; all ranks have read them."""
+    me = dist.get_rank()
+    store.delete_key(f"member {me}")
+    if me == ranks[0]:
+        store.delete_key(DECISION)
 
 
 def find_left(comm: Any) -> list[int]:
@@ -122,6 +137,7 @@ def create_default(rank: int, size: int, limit: float) -> Communicator:
     _base["world"] = world
     comm = Communicator(MPI.Intracomm(world.Split(0, rank)))
     comm.context  # noqa: B018
+    free_released()
     return comm
 
 
@@ -142,8 +158,25 @@ def find_missing(comm: Any) -> list[int]:
 
 
 def release(comm: Communicator) -> None:
-    """Free a communicator if all its ranks do so within some seconds; otherwise it lives until MPI ends."""
+    """Free a communicator once all its ranks have released it: now, or when a group is made or released later.
+
+    Ranks may release their communicators in different orders, so none waits for the others.  What is not free when MPI
+    ends lives until then.
+    """
     if MPI.Is_finalized() or comm == MPI.COMM_NULL:
         return
-    if await_request(comm.private_comm.Ibarrier(), FREE_SECONDS):
-        comm.Free()
+    request = comm.private_comm.Ibarrier()
+    await_request(request, RELEASE_SECONDS)
+    _released.append((comm, request))
+    free_released()
+
+
+def free_released() -> None:
+    """Free the communicators that all their ranks have released."""
+    pending = list(_released)
+    _released.clear()
+    for comm, request in pending:
+        if request.Test():
+            comm.Free()
+        else:
+            _released.append((comm, request))

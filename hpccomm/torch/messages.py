@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,14 @@ EAGER_SECONDS = 1e-4
 LEFT_SECONDS = 1.0
 """How long a message of a rank that has left the program may still take."""
 REMEDY = "make shape and dtype the same on both ranks"
-_abandoned: list[Message] = []
-"""Messages that nobody waits for any more: MPI may still write to their memory."""
+MOST_BYTES, UNIT_BYTES = (1 << 31) - 1, 1 << 20
+"""The longest message whose bytes MPI counts one by one, and the unit of longer ones."""
+VISITS = 2
+"""How many messages under way a new message looks at."""
+_under_way: dict[int, Message] = {}
+"""The messages whose memory MPI uses, by their identity; their handles may be gone."""
+_lock = threading.Lock()
+"""Held while messages are added or taken out."""
 
 
 class Message(dist.Work):
@@ -47,25 +55,30 @@ class Message(dist.Work):
         self._has_left, self._limit = has_left, limit
         self._status, self._complete = MPI.Status(), False
         self._error: Exception | None = None
-        self._future: Any = None
+        self._testing = threading.Lock()
+        keep(self)
 
     def is_completed(self) -> bool:
         """Whether the message has come or gone."""
-        if not self._complete:
+        if self._complete:
+            return True
+        with self._testing:  # a new message of another thread looks as well
+            if self._complete:
+                return True
             try:
                 if not self._request.Test(self._status):
                     return False
                 self._finish(self._status)
-            except MPI.Exception as error:
+            except Exception as error:  # raised by wait
                 self._error = self._explain(error)
-            except MismatchError as error:  # raised by wait
-                self._error = error
             self._complete = True
+        with _lock:
+            _under_way.pop(id(self), None)
         return True
 
-    def _explain(self, error: MPI.Exception) -> Exception:
+    def _explain(self, error: Exception) -> Exception:
         """A longer message than expected as our error."""
-        if error.Get_error_class() != MPI.ERR_TRUNCATE:
+        if not isinstance(error, MPI.Exception) or error.Get_error_class() != MPI.ERR_TRUNCATE:
             return error
         return MismatchError(f"{self._who} got a longer message than expected: {REMEDY}")
 
@@ -87,10 +100,8 @@ class Message(dist.Work):
         while not self.is_completed():
             pause(began, EAGER_SECONDS, 8)
             if 0 < seconds < time.monotonic() - began:
-                _abandoned.append(self)
                 raise MismatchError(f"{self._who} timed out after {seconds:g} s: the other rank has not made its call")
             if time.monotonic() - began > LEFT_SECONDS and self._has_left() and not self.is_completed():
-                _abandoned.append(self)
                 raise MismatchError(f"{self._who}: the other rank has left the program without its call: make both")
         if self._error is not None:
             raise self._error
@@ -118,15 +129,37 @@ class Message(dist.Work):
     _source_rank = source_rank
 
 
-def as_bytes(tensor: Tensor) -> list[Any]:
-    """A dense tensor as MPI's buffer."""
-    return [as_array(tensor).view(np.uint8), MPI.BYTE]
+def keep(message: Message) -> None:
+    """Keep a new message and its tensor until it has come or gone, and look whether the oldest ones have.
+
+    Each look moves the next ones to the front, so those that nobody waits for any more are found as well.
+    """
+    with _lock:
+        oldest = [_under_way.pop(each) for each in list(islice(_under_way, VISITS))]
+        _under_way.update((id(each), each) for each in (*oldest, message))
+    for each in oldest:
+        each.is_completed()
+
+
+def start(call: Callable[..., MPI.Request], dense: Tensor, rank: int, tag: int) -> MPI.Request:
+    """Start to send or receive the bytes of a dense tensor."""
+    octets = as_array(dense).view(np.uint8)
+    if octets.size <= MOST_BYTES:
+        return call([octets, MPI.BYTE], rank, tag)
+    units, rest = divmod(octets.size, UNIT_BYTES)
+    unit = MPI.BYTE.Create_contiguous(UNIT_BYTES)
+    whole = MPI.Datatype.Create_struct([units, rest], [0, units * UNIT_BYTES], [unit, MPI.BYTE]).Commit()
+    try:
+        return call([octets, 1, whole], rank, tag)
+    finally:
+        whole.Free()
+        unit.Free()
 
 
 def send(comm: Any, tensor: Tensor, rank: int, tag: int, who: str, limit: timedelta) -> Message:
     """Start to send a tensor."""
     dense = read(tensor, who)
-    request = comm.Isend(as_bytes(dense), rank, tag)
+    request = start(comm.Isend, dense, rank, tag)
     return Message(
         request, f"{who} to rank {rank}", [tensor], lambda status: hold(dense), partial(has_left, comm, rank), limit
     )
@@ -136,10 +169,10 @@ def receive(comm: Any, tensor: Tensor, rank: int, tag: int, who: str, limit: tim
     """Start to receive a tensor."""
     dense = find_room(tensor, who)
     source = "any rank" if rank == MPI.ANY_SOURCE else f"rank {rank}"
-    request = comm.Irecv(as_bytes(dense), rank, tag)
+    request = start(comm.Irecv, dense, rank, tag)
 
     def finish(status: MPI.Status) -> None:
-        found, expected = status.Get_count(MPI.BYTE), dense.numel() * dense.element_size()
+        found, expected = status.Get_elements(MPI.BYTE), dense.numel() * dense.element_size()
         if found != expected:
             raise MismatchError(
                 f"{who} of {expected} bytes ({dense.numel()} {dense.dtype}): rank {status.source} has sent "

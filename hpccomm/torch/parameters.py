@@ -23,7 +23,8 @@ Vector = npt.NDArray[np.float32]
 def communicator(group: Any = None) -> Communicator:
     """The communicator of a process group of hpccomm, by default of the default group; without one, of all ranks.
 
-    One of mpi4py's own becomes ours, as in :func:`hpccomm.allreduce`.
+    That of a group is another one than that of its calls, so the first use is collective.  A communicator of mpi4py
+    becomes ours, as in :func:`hpccomm.allreduce`.
     """
     if isinstance(group, MPI.Intracomm):
         return world_communicator(group)
@@ -32,7 +33,7 @@ def communicator(group: Any = None) -> Communicator:
     found = dist.group.WORLD if group is None else group
     if not isinstance(found, Group):
         raise ArgumentError(f"{found!r} is not a group of hpccomm: make it with backend='hpccomm'")
-    return found.comm  # type: ignore[no-any-return]
+    return found.methods_comm()
 
 
 class ParameterVector:
