@@ -547,6 +547,7 @@ def test_a_node_tells_the_next_one_what_it_is_told_of_ranks_that_have_left(node:
 
 def test_a_watchdog_that_looks_while_its_rank_goes_on_finds_no_wrong_order(node: MakeTables) -> None:
     """This rank ends a blocking call, issues the non-blocking one, and begins the next blocking one meanwhile."""
+
     def go_on(k: int) -> tuple[int, int]:
         here.last_shared_call = lambda k: (0, 0)
         here.issue(SUM, 1)

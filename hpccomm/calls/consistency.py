@@ -638,17 +638,21 @@ class ConsistencyTable:
         """Whether a rank that is gone has freed the communicator, and not left the program."""
         if rank in self.members:
             return not self._words[self.members.index(rank) * self._stride + LEFT]
-        return any(each.rank == rank and each.freed for at in (ELSEWHERE, ISSUED_ELSEWHERE) for each in self._gone(at))
+        return any(
+            each.rank == rank and each.freed for at in (ELSEWHERE, ISSUED_ELSEWHERE) for each in self._list_gone(at)
+        )
 
     def find_departure(self, entered: bool = False) -> int | None:
         """A rank that is gone without the current call, as far as this node knows.
 
         It has not completed it; with ``entered`` one of this node has not even entered it.
         """
-        calls, rank, _ = min([*self._gone_here(entered), *self._gone(ELSEWHERE)], default=Gone(self._seq, 0, False))
+        calls, rank, _ = min(
+            [*self._list_gone_here(entered), *self._list_gone(ELSEWHERE)], default=Gone(self._seq, 0, False)
+        )
         return rank if calls < self._seq else None
 
-    def _gone_here(self, entered: bool = False) -> list[Gone]:
+    def _list_gone_here(self, entered: bool = False) -> list[Gone]:
         """Those of this node, with the calls that they have completed, or entered."""
         count, found = self.count_entered if entered else self.count_completed, []
         for k, rank in enumerate(self.members):
@@ -657,7 +661,7 @@ class ConsistencyTable:
                 found.append(Gone(self.count_left(row) if freed and not entered else count(row), rank, freed))
         return found
 
-    def _gone(self, at: int) -> list[Gone]:
+    def _list_gone(self, at: int) -> list[Gone]:
         """Those of other nodes, by the messages of those, with the calls that a word of this node counts."""
         words = [self._words[k * self._stride + at] for k in range(len(self.members))]
         return [Gone.decode(each) for each in words if each]
@@ -681,16 +685,16 @@ class ConsistencyTable:
         if wire is None:
             return
         wire.receive()
-        here = self._gone_here()
+        here = self._list_gone_here()
         rows = {rank: k * self._stride for k, rank in enumerate(self.members)}
         issued = [each._replace(calls=self._words[rows[each.rank] + ISSUED]) for each in here]
-        first = [min([*each, *self._gone(at)]) for each, at in ((here, ELSEWHERE), (issued, ISSUED_ELSEWHERE))]
+        first = [min([*each, *self._list_gone(at)]) for each, at in ((here, ELSEWHERE), (issued, ISSUED_ELSEWHERE))]
         if self._me in (min(here).rank, min(issued).rank) and any(each.rank != wire.receiver for each in first):
             wire.tell([each.encode() for each in first])
 
     def check_issued(self, number: int, call: Fingerprint) -> None:
         """Raise if a rank of another node is gone before its non-blocking call of this number."""
-        gone = min(self._gone(ISSUED_ELSEWHERE), default=None)
+        gone = min(self._list_gone(ISSUED_ELSEWHERE), default=None)
         if gone and gone.calls < number:
             raise MismatchError(self.explain_departure(gone.rank, call))
 
