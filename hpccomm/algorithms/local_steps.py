@@ -306,8 +306,7 @@ class PeriodicSteps:
         state = state._replace(inner=inner)
         if warm:
             return self.end_warm_step(step, state, joint, weights)
-        counts = {"updates": state.updates + 1, "steps": state.steps + 1, "batches": state.batches + batches}
-        state = state._replace(**counts)
+        state = state._replace(updates=state.updates + 1, steps=state.steps + 1, batches=state.batches + batches)
         if state.steps < self.period:
             return step, state
         target, state, _ = self.end_block(weights + step, state, last=False)
