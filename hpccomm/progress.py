@@ -21,7 +21,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -189,14 +189,15 @@ class Queue:
         The first call makes it (collective).
         """
         table = self._context.consistency
-        if table:
-            try:
+        try:
+            if table:
                 table.await_issue(call.number, call.blocking_calls, call.fingerprint)
-            except HpccommError as error:
-                self.failure = error
-                raise
-        if self._context.layout.count > 1:
-            await_request((self._channel or self._context).private_comm.Ibarrier())
+            if self._context.layout.count > 1:
+                check = partial(table.check_issued, call.number, call.fingerprint) if table else lambda: None
+                await_request((self._channel or self._context).private_comm.Ibarrier(), check=check)
+        except HpccommError as error:
+            self.failure = error
+            raise
         if self._channel is None:
             self._channel = self._make_channel(create_private_comm(self._context.private_comm), call.algorithm)
             self._channel._own_context.waiters = _state.waiters.ctypes.data

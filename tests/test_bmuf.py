@@ -24,7 +24,8 @@ from hpccomm.algorithms.local_steps import (
 from hpccomm.algorithms.reports import report
 from hpccomm.algorithms.states import for_ranks, snapshot
 from hpccomm.algorithms.transforms import AdamState, Transform, adam, chain, momentum, scale
-from hpccomm.arrays import borrow
+from hpccomm.algorithms.two_tier import hybrid
+from hpccomm.arrays import bfloat16, borrow
 from hpccomm.errors import ArgumentError, MismatchError
 from hpccomm.testing.ranks import run_on_ranks
 
@@ -421,6 +422,79 @@ def test_updates_are_weighted_by_workers_batches_or_samples(weight_by: Any, expe
         return float((weights + step)[0])
 
     assert run_on_ranks(2, body) == [expected] * 2
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_the_first_block_is_weighted_by_its_own_samples(warmup: int, skipped: bool) -> None:
+    def body(comm: Any) -> float:
+        seen = [0.0]
+        outer = chain(mean(comm), scale(-1))
+        method = periodic_transform(comm, 2, scale(-1), outer, warmup=warmup, weight_by=lambda: seen[0])
+        weights = np.zeros(1)
+        state = method.init(weights)
+        for number in range(warmup + 2):
+            warm = number < warmup
+            seen[0] += [97, 1][comm.rank] if warm else 1
+            gradient = np.full(1, np.nan if warm and skipped else 0.0 if warm else float(comm.rank))
+            step, state = method.update(gradient, state, weights)
+            weights += step
+        return float(weights[0])
+
+    assert run_on_ranks(2, body) == [-1.0] * 2
+
+
+@pytest.mark.parametrize(
+    ("totals", "message"),
+    [
+        ([[10, 20, 5, 15], [10, 20, 5, 15]], "weight_by counts -15 samples in this block on rank 0"),
+        ([[10, 20, 28, 30], [10, 20, 5, 30]], "weight_by counts -15 samples in this block on rank 1"),
+        ([[10, 20, 30, 40], [10, np.nan, 30, 40]], "weight_by counts nan samples in this block on rank 1"),
+        ([[10, np.inf, 30, 40], [10, 20, 30, 40]], "weight_by counts inf samples in this block on rank 0"),
+    ],
+)
+def test_a_total_of_samples_that_falls_is_refused_on_every_rank(totals: Any, message: str) -> None:
+    blocks = 2 if "-15" in message else 1
+
+    def body(comm: Any) -> float:
+        seen = [0.0]
+        method = local_sgd(comm, scale(-1), 1, weight_by=lambda: seen[0])
+        weights = np.zeros(1)
+        state = method.init(weights)
+        for seen[0] in totals[comm.rank][:blocks]:
+            step, state = method.update(np.ones(1), state, weights)
+            weights += step
+        seen[0] = totals[comm.rank][blocks]
+        with pytest.raises(MismatchError, match=message):
+            method.update(np.ones(1), state, weights)
+        return float(weights[0])
+
+    assert run_on_ranks(2, body) == [-blocks] * 2
+
+
+@pytest.mark.parametrize("dtype", ["f2", "bfloat16", "f4", "f8"])
+@pytest.mark.parametrize("name", ["local_sgd", "diloco", "bmuf", "sharded bmuf", "hybrid"])
+def test_movement_below_the_dtype_of_the_weights_adds_up_over_blocks(name: str, dtype: str) -> None:
+    """One of four ranks moves by one ulp a block: the mean, a quarter of it, is kept in the master of the reduction."""
+    kind = bfloat16("test") if dtype == "bfloat16" else np.dtype(dtype)
+    ulp = 2.0**-7 if dtype == "bfloat16" else 2.0**-10
+    methods: dict[str, Callable[[Any], PeriodicTransform]] = {
+        "local_sgd": lambda comm: local_sgd(comm, scale(-1), 1),
+        "diloco": lambda comm: diloco(comm, scale(-1), 1, lr=1.0, beta=0.0),
+        "bmuf": lambda comm: bmuf(comm, scale(-1), 1, momentum=0.0),
+        "sharded bmuf": lambda comm: bmuf(comm, scale(-1), 1, momentum=0.0, shard_state=True),
+        "hybrid": lambda comm: hybrid(comm, mean, scale(-1), 1, period=1, momentum=0.0),
+    }
+
+    def body(comm: Any) -> tuple[float, float]:
+        method, weights = methods[name](comm), np.ones(1, kind)
+        state = method.init(weights)
+        for _ in range(16):
+            step, state = method.update(np.full(1, 0 if comm.rank else -ulp, kind), state, weights)
+            weights += step
+        return (float(weights[0]) - 1) / ulp, (float(method.export(state)[0]) - 1) / ulp
+
+    assert run_on_ranks(4, body) == [(4.0, 4.0)] * 4
 
 
 def test_a_rank_without_a_batch_in_a_block_has_weight_zero() -> None:

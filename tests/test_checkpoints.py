@@ -20,7 +20,7 @@ from hpccomm.algorithms.exchange import synchronous_adam
 from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.local_steps import diloco, post_local_sgd, slowmo
 from hpccomm.algorithms.lr_schedules import polynomial, warm_up
-from hpccomm.algorithms.states import for_ranks, leaves, map_leaves, snapshot
+from hpccomm.algorithms.states import for_ranks, leaves, map_leaves, scale_unsent, snapshot
 from hpccomm.algorithms.transforms import adam, chain, every, momentum, scale
 from hpccomm.algorithms.two_tier import hybrid
 from hpccomm.buckets import Bucket
@@ -243,6 +243,26 @@ def test_weights_may_be_dicts_and_lists_of_arrays_of_any_library(make: Callable[
         assert flatten(each) == list(range(8))
     with pytest.raises(ArgumentError, match=r"a.npz: it lacks \['count.a'\], it also holds \['count'\]: pass every"):
         load(tmp_path / "a.npz", weights=tree(blank), count={"a": 0})
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (3, 1), (1, 3)])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_accumulated_gradients_keep_their_mean_on_another_number_of_ranks(old: int, new: int, dtype: str) -> None:
+    method, weights = every(3, scale(-0.5)), np.zeros(2, dtype)
+
+    def begin(rank: int) -> Any:
+        state = method.init(weights)
+        for step in range(2):
+            _, state = method.update(np.full(2, rank * 6 + step, dtype), state, weights)
+        return state
+
+    states = [begin(rank) for rank in range(old)]
+    wanted = np.mean([each.total for each in states], axis=0, dtype=np.float64)
+    for rank in range(new):
+        found = for_ranks(states, rank, new)
+        assert found.micro_steps == 2
+        assert found.total.tolist() == wanted.tolist()
+    assert scale_unsent(states[-1], 0.0).total.tolist() == states[-1].total.tolist()
 
 
 @pytest.mark.parametrize("make", [np.copy, torch_tensor, jax_array])

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
+from unittest import mock
 
 import pytest
 from mpi4py import MPI
@@ -18,12 +19,13 @@ from mpi4py import MPI
 from hpccomm.calls import between_nodes, consistency
 from hpccomm.calls.between_nodes import BetweenNodes
 from hpccomm.calls.blocks import Amounts
-from hpccomm.calls.consistency import ConsistencyTable
+from hpccomm.calls.consistency import ConsistencyTable, Gone
 from hpccomm.calls.departures import Wire
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
 from hpccomm.calls.reports import Reports
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.kernels.entry.records import AMOUNT_CALLS, COUNTS, NOT_COMPARED
+from hpccomm.transports.polling import await_request
 
 SUM = Fingerprint("Allreduce", "sum", "8", "float32", "", "C", "")
 
@@ -189,7 +191,7 @@ def test_a_rank_is_not_ahead_of_one_that_has_left_or_that_makes_the_same_calls(n
     late.leave()
     assert not early.is_ahead()
     make_call(early, ROOT_0)
-    late.mark_left()
+    late.mark_gone()
     assert not early.is_ahead()
 
 
@@ -200,7 +202,7 @@ def test_a_rank_that_has_failed_in_a_call_and_left_has_not_completed_it(node: Ma
     assert not gone.is_ahead()
     here.enter(here.announce(SUM))
     assert here.deadlock_reason() is None
-    gone.mark_left()
+    gone.mark_gone()
     assert "rank 0 has left the program, rank 1 waits in Allreduce" in str(here.deadlock_reason())
 
 
@@ -233,6 +235,27 @@ def test_a_rank_that_an_exception_has_ended_is_in_step_if_the_others_could_not_h
     assert make_call(failed, SUM) == ""
 
 
+def test_a_rank_that_is_late_has_as_long_to_fail_in_the_same_call(
+    node: MakeTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consistency, "LEAVE_SECONDS", 1.0)
+    failed, other = node(2)
+    fail_in_call(failed, one_way=True)
+    looks = 0
+
+    def go_on() -> None:
+        nonlocal looks
+        looks += 1
+        if time.monotonic() - began > 1.2 and not other.calls:
+            other.begin(other.announce(SUM))
+            looks = 0
+        elif other.active_seq and looks > 5:
+            other.abandon()
+
+    began, failed.progress = time.monotonic(), go_on
+    assert make_call(failed, SUM) == ""
+
+
 @pytest.mark.parametrize("other_rank", ["has completed a call in one direction", "is still in the call"])
 def test_a_rank_that_an_exception_has_ended_alone_is_out_of_step(
     node: MakeTables, other_rank: str, monkeypatch: pytest.MonkeyPatch
@@ -256,7 +279,7 @@ def test_a_rank_that_an_exception_has_ended_waits_for_the_others(node: MakeTable
     assert make_call(failed, SUM) == ""
     late.join()
     fail_in_call(failed)
-    other.mark_left()
+    other.mark_gone()
     assert "rank 1 has left the program, rank 0 waits in Allreduce" in make_call(failed, SUM)
 
 
@@ -346,8 +369,39 @@ def test_a_rank_that_has_exited_makes_a_call_a_deadlock(node: MakeTables) -> Non
     here, gone = node(2)
     here.enter(here.announce(SUM))
     assert here.deadlock_reason() is None
-    gone.mark_left()
+    gone.mark_gone()
     assert "rank 1 has left the program" in str(here.deadlock_reason())
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_rank_that_has_freed_the_communicator_makes_a_call_a_deadlock(node: MakeTables, before: int) -> None:
+    here, gone, right = node(3)
+    for _ in range(before):
+        for table in (here, gone, right):
+            assert make_call(table, SUM) == ""
+    right.begin(right.announce(SUM))
+    here.begin(here.announce(SUM))
+    right.leave()
+    right.close()
+    assert here.deadlock_reason() is None, "it has left the call before"
+    gone.close()
+    said = f"rank 1 has freed this communicator, rank 0 waits in {SUM}: make all ranks call it"
+    assert here.deadlock_reason() == said
+    assert not here.is_ahead()
+    here.abandon()
+    with pytest.raises(MismatchError, match="rank 1 has freed this communicator"):
+        here.check_stall(SUM.word, 5.0, lambda: [1])
+    number = here.issue(SUM, before + 1)
+    with pytest.raises(MismatchError, match="rank 1 has freed this communicator"):
+        here.check_order(1, number, before + 1, SUM)
+
+
+def test_ranks_that_have_all_failed_in_a_call_may_free_the_communicator_at_their_own_pace(node: MakeTables) -> None:
+    early, late = node(2)
+    fail_in_call(early)
+    early.close()
+    late.begin(late.announce(SUM))
+    assert late.deadlock_reason() is None
 
 
 @pytest.mark.parametrize("end", [ConsistencyTable.leave, ConsistencyTable.abandon])
@@ -358,11 +412,38 @@ def test_ranks_of_several_nodes_wait_for_none_that_has_left_before_the_call(node
     for table in (here, after):
         table.begin(table.announce(SUM))
     end(after)
-    after.mark_left()
+    after.mark_gone()
     between.check_departures(SUM)
-    before.mark_left()
+    before.mark_gone()
     with pytest.raises(MismatchError, match=r"rank 2 has left the program, rank 0 waits in Allreduce\(sum, 8 float32"):
         between.check_departures(SUM)
+
+
+def test_what_has_been_compared_counts_more_than_a_rank_that_has_left_since(node: MakeTables) -> None:
+    """This rank was without a core between the two looks."""
+
+    class Gathered:
+        tests = 0
+
+        def Test(self) -> bool:
+            self.tests += 1
+            return self.tests > 1
+
+    class Nodes:
+        rank, size = 0, 1
+
+        def Iallgather(self, send: Any, recv: Any) -> Gathered:
+            recv[:] = send
+            return Gathered()
+
+    (here,) = node(1)
+    between = BetweenNodes(Nodes(), here, 0)  # type: ignore[arg-type]
+    here.begin(here.announce(SUM))
+    here.note_departure(*departure(7, 0))
+    with mock.patch("hpccomm.transports.polling.CHECK_SECONDS", -1.0):
+        between.compare(5, SUM, None)
+        with pytest.raises(MismatchError, match="rank 7 has left"):
+            await_request(mock.Mock(Test=lambda: False), check=lambda: between.check_departures(SUM))
 
 
 class Request:
@@ -378,11 +459,11 @@ class Messages:
     size = 4
 
     def __init__(self) -> None:
-        self.sent, self.under_way = list[tuple[int, int]](), weakref.WeakSet[Request]()
+        self.sent, self.under_way = list[tuple[tuple[int, int], ...]](), weakref.WeakSet[Request]()
         self.arrived: list[tuple[int, list[Any]]] = []
 
     def Isend(self, spec: list[Any], rank: int, tag: int) -> Request:
-        self.sent.append(tuple(json.loads(spec[0])))
+        self.sent.append(tuple((gone.rank, gone.calls) for gone in map(Gone.decode, json.loads(spec[0]))))
         self.under_way.add(request := Request())
         return request
 
@@ -396,10 +477,15 @@ class Messages:
         spec[0][:] = json.dumps(self.arrived.pop(0)[1]).encode()
 
 
+def departure(rank: int, calls: int, issued: int = 0, freed: bool = False) -> list[int]:
+    """What a node tells of a rank that is gone."""
+    return [Gone(each, rank, freed).encode() for each in (calls, issued)]
+
+
 def leave(table: ConsistencyTable) -> None:
     """What a rank does for each of its communicators when it leaves the program."""
-    table.mark_left()
-    table.tell_left()
+    table.mark_gone()
+    table.tell_gone()
 
 
 def test_a_node_that_leaves_tells_the_next_one_who_has_made_the_fewest_calls(node: MakeTables) -> None:
@@ -412,40 +498,145 @@ def test_a_node_that_leaves_tells_the_next_one_who_has_made_the_fewest_calls(nod
         each.leave()
     for each in (second, first, first):
         leave(each)
-    assert comm.sent == [(1, 2), (0, 2)], "the lowest rank of equal ones, and nobody twice"
-    third.note_departure(7, 1)
-    third.note_departure(9, 5)
+    assert comm.sent == [((1, 2), (1, 0)), ((0, 2), (0, 0))], "the lowest rank of equal ones, and nobody twice"
+    third.note_departure(*departure(7, 1))
+    third.note_departure(*departure(9, 5))
     assert third.find_departure() is None, "both have left after the last call of this rank"
     third.enter(third.announce(SUM))
     assert third.deadlock_reason() == f"rank 7 has left the program, rank 2 waits in {SUM}: make all ranks call it"
     leave(third)
-    assert comm.sent[2:] == [(2, 1)]
+    assert comm.sent[2:] == [((2, 1), (0, 0))]
 
 
 @pytest.mark.parametrize(
     ("arrived", "sent"),
     [
-        ([], [(0, 1)]),
-        ([(3, 1)], [(0, 1)]),
-        ([(5, 0)], [(5, 0)]),
-        ([(5, 0), (4, 2)], [(5, 0)]),
-        ([(2, 1)], []),
+        ([], [((0, 1), (0, 0))]),
+        ([(3, 1)], [((0, 1), (0, 0))]),
+        ([(5, 0)], [((5, 0), (0, 0))]),
+        ([(5, 0, 3), (4, 2, 0)], [((4, 2), (4, 0)), ((5, 0), (0, 0))]),
+        ([(2, 1)], [((0, 1), (0, 0))]),
+        ([(2, 1, 1)], [((0, 1), (0, 0))]),
     ],
 )
-def test_a_node_that_leaves_tells_what_it_has_been_told_unless_the_receiver_has_left(
-    node: MakeTables, arrived: list[tuple[int, int]], sent: list[tuple[int, int]]
+def test_a_node_that_leaves_tells_what_it_has_been_told_unless_only_the_receiver_is_gone(
+    node: MakeTables, arrived: list[tuple[int, ...]], sent: list[Any]
 ) -> None:
     """Also what has arrived without a watchdog that received it, as at the end of a program; other messages end."""
     tables, comm = node(2), Messages()
     for each in tables:
         each.enter(each.announce(SUM))
         each.leave()
-    for departure in arrived[:1]:
-        tables[1].note_departure(*departure)
-    comm.arrived += [(Wire.DEPARTURE, list(each)) for each in arrived[1:]] + [(Wire.ANSWER, [9, [0]])]
+    for each in arrived[:1]:
+        tables[1].note_departure(*departure(*each))
+    comm.arrived += [(Wire.DEPARTURE, departure(*each)) for each in arrived[1:]] + [(Wire.ANSWER, [9, [0]])]
     tables[0].wire = Wire(comm, 2, tables[0].note_departure)
     leave(tables[0])
     assert (comm.sent, comm.arrived) == (sent, [])
+
+
+def test_a_node_tells_the_next_one_what_it_is_told_of_ranks_that_have_left(node: MakeTables) -> None:
+    """Its own ranks may wait in other calls, and make no more of this communicator."""
+    (table,), comm = node(1), Messages()
+    table.wire = Wire(comm, 1, table.note_departure)  # type: ignore[arg-type]
+    told = [departure(7, 3), departure(7, 3), departure(8, 2), departure(9, 1, freed=True), departure(0, 0)]
+    comm.arrived += [(Wire.DEPARTURE, each) for each in told]
+    assert table.wire.receive() == []
+    assert comm.sent == [((7, 3), (7, 0)), ((8, 2), (8, 0))], "nothing twice, nor of ranks of this node or freed ones"
+
+
+def test_a_watchdog_that_looks_while_its_rank_goes_on_finds_no_wrong_order(node: MakeTables) -> None:
+    """This rank ends a blocking call, issues the non-blocking one, and begins the next blocking one meanwhile."""
+
+    def go_on(k: int) -> tuple[int, int]:
+        here.last_shared_call = lambda k: (0, 0)
+        here.issue(SUM, 1)
+        here.begin(here.announce(SUM))
+        return 0, 0
+
+    here, peer = node(2)
+    for table in (here, peer):
+        assert make_call(table, SUM) == ""
+    peer.issue(SUM, 1)
+    here.last_shared_call = go_on
+    assert here.explain_issue_after(SUM) is None
+    assert not here.is_out_of_step
+
+
+class TornWords:
+    """The words of a table, in which a peer goes on writing between two looks of this rank."""
+
+    def __init__(self, words: Any, at: int, write: Callable[[], object]) -> None:
+        self._words, self._at, self._write = words, at, write
+
+    def __getitem__(self, at: int) -> int:
+        found: int = self._words[at]
+        if at == self._at:
+            self._write()
+        return found
+
+    def __setitem__(self, at: int, value: int) -> None:
+        self._words[at] = value
+
+    def release(self) -> None:
+        self._words.release()
+
+
+def test_a_non_blocking_call_is_read_when_it_is_wholly_written(node: MakeTables) -> None:
+    here, peer = node(2)
+    for table in (here, peer):
+        assert make_call(table, SUM) == ""
+    at = peer._base + consistency.FIRST_ISSUE + 2 * 1
+    here._words[at] = 1 << consistency.DIGEST_BITS | SUM.digest  # the entry, and not yet what was before it
+    here._words = TornWords(here._words, at + 1, lambda: peer.issue(SUM, 1))  # type: ignore[assignment]
+    assert here.explain_issue_after(SUM) is None
+    peer.issue(SUM, 1)
+    assert here.explain_issue_after(SUM) is None
+
+
+def test_a_call_whose_text_is_not_there_contradicts_nothing_until_it_is(
+    node: MakeTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank that has made it went on, and has not written the text again, as while it holds Python's lock."""
+    monkeypatch.setattr(consistency, "TEXT_SECONDS", 0.02)
+    here, ahead = node(2)
+    ahead.begin(ahead.announce(SUM._replace(count=UNKNOWN, dtype="int64")))
+    text = ahead._base + consistency.FIRST_TEXT
+    lost = bytes(ahead._octets[8 * text :])
+    ahead._octets[8 * text :] = bytes(len(lost))
+    here.begin(here.announce(SUM))
+    here.compare_entries()
+    assert here.deadlock_reason() is None
+    ahead._octets[8 * text :] = lost
+    assert "rank 1 called Allreduce(sum, int64)" in str(here.deadlock_reason())
+
+
+def test_a_rank_of_another_node_that_is_gone_misses_the_non_blocking_calls_after_its_last(node: MakeTables) -> None:
+    (here,) = node(1)
+    number = here.issue(SUM, 5)
+    here.check_issued(number, SUM)
+    here.note_departure(*departure(7, 5, issued=1))
+    here.check_issued(number, SUM)
+    number = here.issue(SUM, 5)
+    with pytest.raises(MismatchError, match=r"rank 7 has left the program, rank 0 waits in Allreduce\(sum, 8 float32"):
+        here.check_issued(number, SUM)
+
+
+def test_a_rank_that_waits_for_an_earlier_one_of_mpis_requests_misses_the_last_call(node: MakeTables) -> None:
+    here, gone = node(2)
+    for _ in range(2):
+        here.begin(here.announce(SUM))
+        here.leave()
+    here.watch_request(1, waits=True)
+    assert (here.active_seq, here.deadlock_reason()) == (2, None)
+    gone.mark_gone()
+    assert "rank 1 has left the program, rank 0 waits in Allreduce" in str(here.deadlock_reason())
+    here.watch_request(1, waits=False)
+    assert here.active_seq == 0
+    here.watch_request(2, waits=True)
+    here.begin(here.announce(SUM))  # another thread
+    here.watch_request(2, waits=False)
+    assert here.active_seq == 3
 
 
 def test_what_mpi_still_sends_lives_as_long_as_the_table(node: MakeTables) -> None:
@@ -477,6 +668,22 @@ def test_a_rank_waits_for_nothing_in_a_call_that_others_refuse_of_each_other(nod
     odd.abandon()
     right.abandon()
     late.leave()
+
+
+def test_other_nodes_are_told_once_by_the_lowest_rank_that_refuses_a_call(node: MakeTables) -> None:
+    first, second, third = node(3)
+    assert make_call(third, ROOT_1) == ""
+    assert make_call(second, ROOT_0) != ""
+    assert make_call(first, ROOT_0) != ""
+    seq, reason = first.take_own_refusal() or (0, "")
+    assert (seq, reason.startswith("rank 0 has left: ranks 0, 1 called Bcast")) == (1, True)
+    assert [table.take_own_refusal() for table in (first, second, third)] == [None] * 3
+    first.begin(first.announce(ROOT_0))
+    assert first.describe_waiting(2) == "", "others are to come"
+    for table in (second, third):
+        assert make_call(table, ROOT_0) == ""
+    assert first.describe_waiting(2) == f"rank 0 waits in {ROOT_0}"
+    assert first.describe_waiting(1) == ""
 
 
 @pytest.mark.parametrize(("amounts", "reach"), [(None, consistency.CALLS - 1), (Amounts((1, 1), (1, 1)), AMOUNT_CALLS)])

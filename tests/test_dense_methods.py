@@ -138,6 +138,32 @@ def test_a_gradient_that_is_not_finite_is_skipped_on_all_ranks(name: str, bad: f
     run_on_ranks(size, body)
 
 
+EXCHANGES: dict[str, Callable[[Any], Transform]] = {
+    "mean": hpccomm.mean,
+    "chain": lambda comm: chain(hpccomm.mean(comm), momentum(0.5), scale(-1)),
+    "every": lambda comm: every(2, chain(hpccomm.mean(comm), scale(-1))),
+    "finite": lambda comm: chain(hpccomm.mean(comm), apply_if_finite(scale(-1))),
+    "scale_loss": lambda comm: hpccomm.scale_loss(comm, scale(-1)),
+    "gtc": hpccomm.gtc,
+    "onebit_adam": lambda comm: hpccomm.onebit_adam(comm, 0.1, 2),
+    "dgc": lambda comm: hpccomm.dgc(comm, hpccomm.Bucket({"w": (3, 2)})),
+    "powersgd": lambda comm: hpccomm.powersgd(comm, hpccomm.Bucket({"w": (3, 2)})),
+    "bmuf": lambda comm: hpccomm.bmuf(comm, scale(-1), 2),
+    "hybrid": lambda comm: hpccomm.hybrid(comm, hpccomm.gtc, scale(-1), 1, period=2),
+}
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_an_exchange_that_a_rank_would_skip_alone_is_refused(name: str) -> None:
+    def body(comm: Any) -> None:
+        inside = EXCHANGES[name](comm)
+        with pytest.raises(ArgumentError, match=r"apply_if_finite: the transform inside exchanges, .*: place apply_if"):
+            apply_if_finite(inside)
+
+    run_on_ranks(2, body)
+    apply_if_finite(EXCHANGES[name](MPI.COMM_SELF))
+
+
 @pytest.mark.parametrize("make", [hpccomm.synchronous_sgd, hpccomm.synchronous_adam])
 def test_with_a_bucket_biases_do_not_decay(make: Any) -> None:
     tensors = {"w": np.ones((2, 2), "f4"), "b": np.ones(2, "f4")}

@@ -68,6 +68,71 @@ def test_of_several_nodes_that_leave_each_tells_the_next() -> None:
     assert "has left the program, rank" in said, said
 
 
+def test_a_node_tells_the_next_one_of_ranks_that_have_left_before_it_leaves_itself() -> None:
+    """Its own ranks wait for the last node in another call."""
+    body = """
+        comm.Barrier()
+        if comm.rank < 2: sys.exit()
+        if comm.rank < 4: MPI.COMM_WORLD.recv(source=4)
+        comm.Allreduce(x, y)
+    """
+    status, said = run_job(6, body)
+    assert status != 0, said
+    assert "has left the program, rank" in said, said
+
+
+REFUSED = {
+    "two ranks of a node contradict each other": "comm.Allreduce(np.ones(4, kind), np.empty(4, kind))",
+    "a root refuses what a rank of its node sends": "comm.Gatherv(np.ones(n + odd), [whole, sizes] if first else None)",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_node_is_told_that_another_one_refuses_the_call_in_which_it_waits(name: str) -> None:
+    """The call is not one of those that are compared between nodes, and the program goes on after the error."""
+    body = f"""
+        comm.Barrier(); comm.Barrier()
+        first, odd, n = comm.rank == 0, comm.rank == 1, 1 << 20
+        kind, whole, sizes = "f4" if odd else "f8", np.empty(4 * n), [n] * 4
+        time.sleep(first)
+        try:
+            {REFUSED[name]}
+        except hpccomm.MismatchError:
+            pass
+        time.sleep(1000)
+    """
+    status, said = run_job(4, body)
+    assert status != 0, said
+    assert "(noticed by rank" in said, said
+
+
+NON_BLOCKING = {"the first": "", "a later one": "comm.Iallreduce(x, y).Wait(); comm.Barrier()"}
+
+
+@pytest.mark.parametrize("name", NON_BLOCKING)
+def test_a_node_that_leaves_without_a_non_blocking_call_is_named_at_once(name: str) -> None:
+    status, said = run_job(4, f"{NON_BLOCKING[name]}\nif last: sys.exit()\ncomm.Iallreduce(x, y).Wait()")
+    assert status != 0, said
+    assert "has left the program, rank" in said, said
+
+
+FREES = {
+    "a rank of this node": "if comm.rank == 1: other.Free()",
+    "a rank of this node, after calls": "other.Barrier(); other.allreduce(1)\nif comm.rank == 1: other.Free()",
+    "another node": "other.Barrier()\nif last: other.Free()",
+}
+
+
+@pytest.mark.parametrize("name", FREES)
+@pytest.mark.parametrize("call", ["Barrier()", "Allreduce(x, y)", "allgather(1)", "Iallreduce(x, y).Wait()"])
+def test_a_rank_that_has_freed_the_communicator_is_named_at_once(name: str, call: str) -> None:
+    """It waits in the program for the others, which wait in their call."""
+    body = f"other = comm.Dup()\n{FREES[name]}\nelse: other.{call}\ncomm.Barrier()"
+    status, said = run_job(4 if "another" in name else 2, body)
+    assert status != 0, said
+    assert "has freed this communicator, rank" in said, said
+
+
 def test_a_node_that_ends_mpi_is_named_at_once() -> None:
     body = "comm.Barrier()\nif last:\n    MPI.Finalize()\n    time.sleep(1000)\ncomm.Allreduce(x, y)"
     status, said = run_job(4, body)

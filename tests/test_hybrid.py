@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm import none
+from hpccomm import none, ternary, topk
 from hpccomm.algorithms.blockwise_filtering import bmuf
 from hpccomm.algorithms.error_feedback import feedback
 from hpccomm.algorithms.exchange import check_replicas, mean
@@ -305,6 +305,39 @@ def test_uneven_groups_are_weighted_by_their_ranks() -> None:
         return float((weights + step)[0])
 
     assert run_on_ranks(4, body, nodes=[0, 0, 0, 1]) == [3.0] * 4
+
+
+GROUP_EXCHANGES: dict[str, Callable[[Any], Transform]] = {
+    "mean": mean,
+    "topk": lambda group: feedback(topk(0.5), group),
+    "topk, sums": lambda group: feedback(topk(0.5), group, reduce="sum"),
+    "ternary": lambda group: feedback(ternary(), group),
+    "gtc": lambda group: gtc(group, tau=0.1),
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "f4") for name in GROUP_EXCHANGES), ("mean", "f2")])
+@pytest.mark.parametrize(("steps", "bad"), [(7, None), (4, 2), (2, None), (0, None)])
+def test_groups_of_different_sizes_leave_the_warm_up_with_one_model(
+    name: str, dtype: str, steps: int, bad: int | None
+) -> None:
+    """Also where the last synchronous step is skipped, and where the run ends before it."""
+
+    def body(comm: Any) -> tuple[bytes, bytes]:
+        rng = np.random.default_rng(comm.rank)
+        method = hybrid(comm, GROUP_EXCHANGES[name], scale(-0.1), None, period=2, warmup=3, check=True)
+        weights = np.zeros(6, dtype)
+        state = method.init(weights)
+        for number in range(steps):
+            gradient = rng.normal(size=6).astype(dtype)
+            gradient[0] = np.nan if number == bad and comm.rank == 1 else gradient[0]
+            step, state = method.update(gradient, state, weights)
+            weights += step
+        step, state = method.finish(state, weights)
+        assert np.isfinite(weights + step).all()
+        return method.export(state).tobytes(), (weights + step).tobytes()
+
+    assert len(set(run_on_ranks(5, body, nodes=[0, 0, 1, 1, 1]))) == 1
 
 
 @pytest.mark.parametrize("batches", [[3, 3, 3, 3], [5, 2, 0, 0], [0, 0, 4, 1], [1, 7, 2, 3]])

@@ -82,7 +82,7 @@ BEGINNINGS: dict[str, Callable[[Any, Tree], Any]] = {
     "chain": begin(lambda comm: chain(hpccomm.mean(comm), STEP)),
     "synchronous_adam": begin(lambda comm: hpccomm.synchronous_adam(comm, 0.1)),
     "every": begin(lambda comm: hpccomm.every(2, hpccomm.mean(comm))),
-    "apply_if_finite": begin(lambda comm: hpccomm.apply_if_finite(hpccomm.mean(comm))),
+    "apply_if_finite": begin(lambda comm: chain(hpccomm.mean(comm), hpccomm.apply_if_finite(STEP))),
     "scale_loss": begin(lambda comm: hpccomm.scale_loss(comm, hpccomm.mean(comm))),
     "gtc": begin(hpccomm.gtc),
     "block_mean": begin(hpccomm.block_mean),

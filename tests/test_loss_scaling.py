@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 import hpccomm
 from hpccomm import Bucket, LossScale, chain, descend, momentum, scale, scale_loss
+from hpccomm.algorithms.local_steps import periodic_transform
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 
@@ -93,6 +94,35 @@ def test_local_methods_scale_each_rank_alone() -> None:
         return weights.tobytes()
 
     assert len(set(run_on_ranks(3, body))) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda comm, inner: periodic_transform(comm, 4, inner, chain(hpccomm.mean(comm), scale(-1)), warmup=6),
+        lambda comm, inner: hpccomm.bmuf(comm, inner, 4, warmup=6),
+        lambda comm, inner: hpccomm.hybrid(comm, hpccomm.mean, inner, 1, period=4, warmup=6),
+    ],
+    ids=["local steps", "bmuf", "hybrid"],
+)
+def test_the_factor_halves_in_synchronous_steps_of_local_methods(make: Any) -> None:
+    """4 · 65536 is infinite in float16, as is 4 · 16384; the first factor that fits is 8192."""
+
+    def body(comm: Any) -> list[float]:
+        method = make(comm, scale_loss(MPI.COMM_SELF, descend(0.1), LossScale(65536.0, 2000)))
+        weights, factors = np.ones(2, "f2"), []
+        state = method.init(weights)
+        for _ in range(6):
+            factors.append(hpccomm.loss_scale(state.inner))
+            with np.errstate(over="ignore"):
+                gradient = (np.full(2, 4.0, "f4") * factors[-1]).astype("f2")
+            step, state = method.update(gradient, state, weights)
+            weights = weights + step
+        assert state.abandoned == 3
+        assert (weights < 1).all()
+        return factors
+
+    assert run_on_ranks(2, body) == [[65536, 32768, 16384, 8192, 8192, 8192]] * 2
 
 
 def test_the_factor_of_a_state_without_one_is_1() -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 from test_compressed_methods import numbers, steps_of
 
 from hpccomm.algorithms.checkpoints import load_state_dict, state_dict
 from hpccomm.algorithms.exchange import mean
 from hpccomm.algorithms.large_batch import lamb
-from hpccomm.algorithms.onebit import onebit_lamb
+from hpccomm.algorithms.onebit import onebit_adam, onebit_lamb
 from hpccomm.algorithms.transforms import chain
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
@@ -85,6 +86,32 @@ def test_steps_after_the_freeze_follow_the_formulas() -> None:
     np.testing.assert_allclose(weights, run_formulas(gradients, 4), atol=1e-4)
     assert np.abs(weights - WEIGHTS).max() > 0.1
     assert not np.array_equal(state.factors, np.ones(4))
+
+
+@pytest.mark.parametrize("method", ["adam", "lamb"])
+@pytest.mark.parametrize(("size", "limit"), [(0.0, 100), (1e-20, 1e5)])
+def test_a_tensor_whose_gradients_pause_at_the_freeze_leaves_the_steps_of_others_bounded(
+    method: str, size: float, limit: float
+) -> None:
+    """Without a bound its factor is 1e17: one sign's magnitude then spoils the other tensor's steps."""
+    bucket, freeze, rng = Bucket({"steady": (8,), "pauses": (8,)}), 66, np.random.default_rng(0)
+    comm = MPI.COMM_SELF
+    transform = (
+        onebit_adam(comm, 0.001, freeze, bucket=bucket, b1=0.5)
+        if method == "adam"
+        else onebit_lamb(comm, bucket, 0.001, freeze, b1=0.5)
+    )
+    weights = np.full(16, 0.1, F32)
+    state, largest = transform.init(weights), []
+    for number in range(freeze + 4):
+        gradient = rng.normal(size=16).astype(F32) * F32(0.01)
+        gradient[8:] *= F32(size if 5 <= number < freeze + 1 else 1)
+        if size and number < 5:
+            gradient[8:] *= F32(size)
+        step, state = transform.update(gradient, state, weights)
+        weights = weights + step
+        largest.append(float(np.abs(step[:8]).max()))
+    assert max(largest[freeze:]) <= limit * max(largest[:freeze])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

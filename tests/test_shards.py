@@ -419,6 +419,58 @@ def test_nothing_is_saved_between_micro_steps(tmp_path: Path) -> None:
     run_on_ranks(2, body)
 
 
+MODELS: dict[str, Callable[[Any, Any], ShardedModel]] = {
+    "zero": lambda comm, units: zero(comm, units, scale(-1.0)),
+    "zero without threads": lambda comm, units: zero(comm, units, scale(-1.0), overlap=False),
+    "stage 1": lambda comm, units: zero(comm, units, scale(-1.0), stage=1),
+    "stage 2": lambda comm, units: zero(comm, units, scale(-1.0), stage=2),
+    "data_parallel": lambda comm, units: data_parallel(comm, units, scale(-1.0)),
+    "mics": lambda comm, units: mics(comm, units, scale(-1.0), 2),
+    "secondary shards": lambda comm, units: zero(comm, units, scale(-1.0), secondary_shard=True),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_loaded_within_a_step_leaves_nothing_of_the_step(
+    name: str, last: bool, tied: bool, tmp_path: Path
+) -> None:
+    """Neither gradients, nor second hops that have begun, nor units gathered or gathered ahead."""
+
+    def body(comm: Any) -> Any:
+        shared = np.array([1, 2, 3, 4], "f4")
+        units = {"l": {"w": shared}, "k": {"v": np.array([5, 6], "f4")} | ({"w": shared} if tied else {})}
+        states = MODELS[name](comm, units)
+
+        def learn(value: float, last: bool = False) -> None:
+            for unit in states.units:
+                weights = states.gather(unit)
+                states.reduce_accumulate(unit, {k: np.full_like(w, value) for k, w in weights.items()}, last)
+                states.release(unit)
+
+        save_shards(tmp_path, "run", states)
+        learn(1.0)
+        states.boundary()
+        learn(100.0, last)
+        states.gradient("k")
+        states.gather("l", ahead="k")
+        load_shards(tmp_path, "run", states)
+        seen = {unit: {k: w.tolist() for k, w in states.gather(unit).items()} for unit in states.units}
+        for unit in states.units:
+            states.release(unit)
+        learn(1.0)
+        outcome = states.boundary()
+        return seen, {k: w.tolist() for k, w in weights_of(states).items()}, outcome.norm, states.steps
+
+    start: dict[str, dict[str, list[float]]] = {"l": {"w": [1, 2, 3, 4]}, "k": {"v": [5, 6]}}
+    start["k"] |= start["l"] if tied else {}
+    moved = [0, 1, 2, 3] if not tied else [-1, 0, 1, 2]
+    weights = {"l.w": moved, "k.v": [4, 5]} | ({"k.w": moved} if tied else {})
+    norm = pytest.approx(18**0.5 if tied else 6**0.5)
+    assert run_on_ranks(4, body, [0, 0, 1, 1]) == [(start, weights, norm, 1)] * 4
+
+
 @pytest.mark.parametrize("states", ["run", (np.zeros(3),), {"w": np.zeros(3)}, None])
 def test_what_is_no_sharded_model_is_refused_in_a_sentence(states: Any, tmp_path: Path) -> None:
     for call in (

@@ -243,3 +243,35 @@ def test_a_tree_of_gradients_for_a_vector_of_weights_is_refused() -> None:
 def test_mixed_dtypes_are_refused() -> None:
     with pytest.raises(ArgumentError, match="mixed dtypes"):
         momentum(0.5).init({"w": np.zeros(2, "f4"), "b": np.zeros(2)})
+
+
+WITHOUT_DIMENSIONS: dict[str, Callable[[Any], Any]] = {
+    "scale": lambda comm: scale(-1),
+    "mean": hpccomm.mean,
+    "synchronous_sgd": lambda comm: hpccomm.synchronous_sgd(comm, 0.1),
+    "topk": lambda comm: hpccomm.feedback(hpccomm.topk(0.5), comm),
+    "block_mean": hpccomm.block_mean,
+    "local_sgd": lambda comm: hpccomm.local_sgd(comm, scale(-0.1), 2),
+    "diloco": lambda comm: hpccomm.diloco(comm, scale(-0.1), 2),
+    "bmuf": lambda comm: hpccomm.bmuf(comm, scale(-0.1), 2),
+    "sharded bmuf": lambda comm: hpccomm.bmuf(comm, scale(-0.1), 2, shard_state=True),
+    "bmuf_adam": lambda comm: hpccomm.bmuf_adam(comm, 0.1, 2),
+    "hybrid": lambda comm: hpccomm.hybrid(comm, hpccomm.mean, scale(-0.1), 1, period=2),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DIMENSIONS)
+def test_one_number_without_a_dimension_is_refused_alone_and_taken_in_a_tree(name: str) -> None:
+    def body(comm: Any) -> tuple[Any, ...]:
+        method = WITHOUT_DIMENSIONS[name](comm)
+        with pytest.raises(ArgumentError, match=r"without a dimension: pass a vector, w.reshape\(1\)"):
+            method.init(np.zeros((), "f4"))
+        weights = {"s": np.zeros((), "f4")}
+        state = method.init(weights)
+        for _ in range(4):
+            step, state = method.update({"s": np.array(comm.rank + 1, "f4")}, state, weights)
+            weights = {"s": np.asarray(weights["s"] + step["s"])}
+        assert np.isfinite(weights["s"])
+        return weights["s"].shape
+
+    assert run_on_ranks(2, body) == [()] * 2

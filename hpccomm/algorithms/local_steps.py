@@ -33,7 +33,7 @@ from hpccomm.algorithms.agreement import as_communicator
 from hpccomm.algorithms.exact_steps import exact_step
 from hpccomm.algorithms.exchange import check_replicas, mean
 from hpccomm.algorithms.reports import ExchangeReport, report
-from hpccomm.algorithms.states import GroupSize, InBlock, RankChange, map_leaves, snapshot
+from hpccomm.algorithms.states import GroupSize, InBlock, RankChange, map_leaves, skip_step, snapshot
 from hpccomm.algorithms.transforms import (
     Schedule,
     Transform,
@@ -223,6 +223,7 @@ class PeriodicSteps:
         self.mean = mean(self.comm)
         self.group_id = self.comm.rank if self.group is None else self.group.allgather(self.comm.rank)[0]
         self.is_alone = self.comm.size == (1 if self.group is None else self.group.size)
+        self.has_groups = self.group is not None and not self.is_alone
 
     def init(self, weights: Vector) -> PeriodicState:
         """A block begins."""
@@ -259,6 +260,9 @@ class PeriodicSteps:
                 break
             step, state = self.step(np.zeros_like(local), state, local, company, alive, batches=0)
             local += step
+        if state.updates < self.warmup and self.has_groups:
+            state = self.join_groups(state)
+            local = narrow(state.start, weights.dtype)
         finished = False
         while not finished:
             target, state, finished = self.end_block(local, state, last=True)
@@ -294,23 +298,39 @@ class PeriodicSteps:
         if warm and company is not None:
             gradient, joint = self.mean.update(gradient, joint, weights)
         if warm and not np.isfinite(gradient).all():  # of the mean: all ranks see it
-            state = state._replace(updates=state.updates + 1, mean_state=joint, abandoned=state.abandoned + 1)
-            return np.zeros_like(weights), self.end_warm_up(state)
+            state = state._replace(abandoned=state.abandoned + 1, inner=skip_step(state.inner))
+            return self.end_warm_step(np.zeros_like(weights), state, joint, weights)
         if not warm and not state.steps and not self.is_alone:
             state = state._replace(inner_start=snapshot(state.inner))
         step, inner = self.inner.update(gradient, state.inner, weights)
-        state = state._replace(updates=state.updates + 1, inner=inner, mean_state=joint)
+        state = state._replace(inner=inner)
         if warm:
-            return step, self.end_warm_up(state._replace(start=widen(weights + step)))
-        state = state._replace(steps=state.steps + 1, batches=state.batches + batches)
+            return self.end_warm_step(step, state, joint, weights)
+        state = state._replace(updates=state.updates + 1, steps=state.steps + 1, batches=state.batches + batches)
         if state.steps < self.period:
             return step, state
         target, state, _ = self.end_block(weights + step, state, last=False)
         return exact_step(weights, target), state
 
-    def end_warm_up(self, state: PeriodicState) -> PeriodicState:
-        """After the last synchronous step the outer transform begins from the model that they reached."""
-        return state._replace(outer=self.outer.init(state.start)) if state.updates == self.warmup else state
+    def end_warm_step(
+        self, step: Vector, state: PeriodicState, joint: Any, weights: Vector
+    ) -> tuple[Vector, PeriodicState]:
+        """The step and the state of a synchronous step; after the last one the first block begins."""
+        state = state._replace(updates=state.updates + 1, mean_state=joint, start=widen(weights + step))
+        if state.updates < self.warmup:
+            return step, state
+        state = self.join_groups(state)
+        after = state._replace(outer=self.outer.init(state.start), weight_at_start=self.count_samples())
+        return (exact_step(weights, state.start) if self.has_groups else step), after
+
+    def join_groups(self, state: PeriodicState) -> PeriodicState:
+        """All ranks go on from rank 0's model: the exchanges of groups of different sizes give different models."""
+        if not self.has_groups:
+            return state
+        began, start = time.perf_counter(), np.ascontiguousarray(state.start)
+        self.comm.Bcast(start, 0)
+        cost = ExchangeReport(1, time.perf_counter() - began, start.nbytes)
+        return state._replace(start=start, report=state.report.add(cost))
 
     def end_block(self, local: Vector, state: PeriodicState, last: bool) -> tuple[Vector, PeriodicState, bool]:
         """The start of the next block, the state, and whether no rank has a batch left."""
@@ -325,7 +345,7 @@ class PeriodicSteps:
             next_block = state._replace(steps=0, batches=0, weight_at_start=self.count_samples())
             return local, next_block._replace(start=start, outer=outer, report=spent), last
         with np.errstate(invalid="ignore", over="ignore"):
-            behind = state.start - widen(local)
+            behind = widen(narrow(state.start, local.dtype)) - widen(local)  # as the block began, in its dtype
         counted = self.count_samples()
         agreed, state = self.agree_on_block(behind, counted, state, last)
         next_block = state._replace(steps=0, batches=0, weight_at_start=counted)
@@ -353,6 +373,7 @@ class PeriodicSteps:
         finite = float(np.isfinite(behind).all())
         mine = [self.weight(counted, state), finite, float(last), float(self.group_id), float(state.steps)]
         rows, state = self.allgather_rows(self.comm, np.array(mine), state)
+        self.check_weights(rows[:, 0])
         self.check_same_period(rows[:, 4], rows[:, 2] == 0)
         total, groups = rows[:, 0].sum(), np.unique(rows[:, 3]).size
         share = rows[rows[:, 3] == self.group_id, 0].sum() * groups / total if total > 0 else 0.0
@@ -370,6 +391,16 @@ class PeriodicSteps:
             raise MismatchError(
                 f"rank {self.comm.rank}: a block has {steps[first]:.0f} steps on rank {first}, {steps[other]:.0f} on "
                 f"rank {other}: pass the same period on all ranks"
+            )
+
+    def check_weights(self, weights: Vector) -> None:
+        """Raise on all ranks where a running total of samples fell, or is not finite."""
+        odd = np.flatnonzero(~((weights >= 0) & (weights < np.inf)))
+        if odd.size:
+            raise MismatchError(
+                f"rank {self.comm.rank}: weight_by counts {weights[odd[0]]:g} samples in this block on rank {odd[0]}: "
+                "let it return a finite total of this rank's samples that never falls, and that goes on from "
+                "state.weight_at_start after a restart"
             )
 
     def count_samples(self) -> float:

@@ -71,6 +71,10 @@ def scale_loss(comm: MPI.Intracomm, inner: Transform, first: LossScale | None = 
     stay as they are, and the factor halves.  ``first``: by default 65,536, doubled after 2,000 good steps.  Around
     compressed exchanges too: residuals are in the units of the gradient, whatever the factor was.
 
+    16-bit gradients are divided in float32 and rounded to their dtype again, in which the exchange sends them: what
+    float16 cannot hold without the factor, below 3e-8, is lost here.  Where that matters keep the weights in float32,
+    as PyTorch's GradScaler does, and pass ``gradient.astype("f4")``.
+
     >>> from mpi4py import MPI
     >>> from hpccomm import scale
     >>> method, weights = scale_loss(MPI.COMM_SELF, scale(-1), LossScale(8.0, 2)), np.zeros(1)

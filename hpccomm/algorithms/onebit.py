@@ -142,7 +142,8 @@ def onebit_adam(
 
     One scale serves all elements; with a ``bucket`` each tensor's momentum is multiplied by σ, the mean over the
     tensors of m's root mean square at the freeze divided by its own, and divided by σ at the receiver, as in
-    :func:`onebit_lamb`.  Use it where the gradients of tensors differ in magnitude.
+    :func:`onebit_lamb`.  Use it where the gradients of tensors differ in magnitude.  σ is bounded: m's root mean square
+    counts as a tenth of √v's or more, and σ lies between 1e-4 and 1e4.
     """
     comm = as_communicator("onebit_adam", comm)
     check_decay("onebit_adam: b1", b1)
@@ -173,7 +174,7 @@ def onebit_adam(
             moment: Vector = np.float32(b1) * state.mean + one * mean
             variance = np.float32(b2) * state.variance + two * mean * mean
             if state.steps + 1 == freeze_step:
-                state = state._replace(scales=momentum_scales(moment, places))
+                state = state._replace(scales=momentum_scales(moment, variance, places))
         else:
             own: Vector = np.float32(b1) * state.mean + one * gradient
             factors = expand_scales(to_device_like(state.scales, own), places)
@@ -208,6 +209,10 @@ COEFFICIENTS = (0.01, 10.0)
 """Bounds of a tensor's trust ratio during the warm-up."""
 FACTORS = (0.5, 4.0)
 """Bounds of the factor of a frozen trust ratio."""
+LEAST_MOMENTUM = 0.1
+"""A tensor's root mean square momentum at the freeze counts as at least this part of that of its gradients, √v."""
+MOMENTUM_FACTORS = (1e-4, 1e4)
+"""Bounds of the factor of a tensor's momentum."""
 FACTOR_CHANGE = 0.1
 """The largest relative change of that factor in a step."""
 
@@ -263,7 +268,7 @@ def onebit_lamb(
         u = m/(√v + ε) + λw;   step = −γ c u;   c̄ ← β c̄ + (1 − β) c,   the first c̄ is c
 
     After it v and c̄ stand.  Each tensor's momentum is multiplied by σ, the mean over the tensors of m's root mean
-    square at the freeze by its own, so that one scale serves all of them, and::
+    square at the freeze by its own, bounded as in :func:`onebit_adam`, so that one scale serves all of them, and::
 
         m_k = b1·m + (1 − b1)·g_k;   m' = onebit_allreduce(σ m_k)/σ;   ĝ = (m' − b1·m)/(1 − b1)
         ṽ ← b2·ṽ + (1 − b2)·ĝ²;   f = max (√v + ε)/(√ṽ + ε) in each tensor
@@ -309,7 +314,7 @@ def onebit_lamb(
         direction = direction_of(moment, variance, weights)
         found = np.array([trust_ratio(weights[place], direction[place]) for place in places])
         ratios = found if state.steps == 0 else ratio_decay * state.ratios + (1 - ratio_decay) * found
-        scales = state.scales if state.steps + 1 < freeze_step else momentum_scales(moment, places)
+        scales = state.scales if state.steps + 1 < freeze_step else momentum_scales(moment, variance, places)
         state = state._replace(mean=moment, variance=variance, fresh_variance=variance, ratios=ratios, scales=scales)
         return state, direction, found, nbytes
 
@@ -362,9 +367,15 @@ def expand_scales(scales: npt.NDArray[np.float32], places: Sequence[slice]) -> V
     return np.repeat(scales, [place.stop - place.start for place in places])
 
 
-def momentum_scales(moment: Vector, places: Sequence[slice]) -> npt.NDArray[np.float32]:
-    """The factors that give each tensor's momentum the mean of their root mean squares; 1 for zeros."""
-    squares = [kernels(moment).moments(moment[place])[1] / max(1, place.stop - place.start) for place in places]
-    lengths = np.sqrt(np.array(squares, np.float64))
+def momentum_scales(moment: Vector, variance: Vector, places: Sequence[slice]) -> npt.NDArray[np.float32]:
+    """The factors that give each tensor's momentum the mean of their root mean squares; 1 for zeros.
+
+    A tensor whose gradients pause at the freeze has next to no momentum: the variance bounds its factor.
+    """
+    sizes = [max(1, place.stop - place.start) for place in places]
+    momenta = np.array([kernels(moment).moments(moment[place])[1] for place in places]) / sizes
+    gradients = np.array([kernels(variance).moments(variance[place])[0] for place in places]) / sizes
+    lengths = np.sqrt(np.maximum(momenta, LEAST_MOMENTUM**2 * gradients))
     mean = lengths.mean() if lengths.size else 0.0
-    return np.where(lengths > 0, mean / np.where(lengths > 0, lengths, 1), 1).astype(np.float32)
+    factors = np.clip(mean / np.where(lengths > 0, lengths, 1), *MOMENTUM_FACTORS)
+    return np.where(lengths > 0, factors, 1).astype(np.float32)

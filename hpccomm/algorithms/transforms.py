@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.reports import MessageReport, message_reports
+from hpccomm.algorithms.states import LocalVector
 from hpccomm.algorithms.trees import Layouts, StateKind, finish_for_trees, init_for_trees, update_for_trees
 from hpccomm.arrays import narrow, reduction_dtype, widen
 from hpccomm.buckets import Bucket
@@ -348,7 +349,9 @@ class SkipState(NamedTuple):
 def apply_if_finite(inner: Transform) -> Transform:
     """Step by zero, and leave the inner state alone, where the gradient has a NaN or an infinity.
 
-    Place it after the exchange: the mean is the same on all ranks, so that all of them skip the same steps.
+    Place it after the exchange: the mean is the same on all ranks, so that all of them skip the same steps.  Around an
+    exchange one rank would skip alone while the others wait: it is refused, and :func:`~hpccomm.scale_loss` asks all
+    ranks first.
 
     >>> method, weights = apply_if_finite(scale(-1)), np.zeros(2)
     >>> step, state = method.update(np.array([1.0, np.nan]), method.init(weights), weights)
@@ -357,6 +360,11 @@ def apply_if_finite(inner: Transform) -> Transform:
     """
 
     check_transform("apply_if_finite", inner)
+    require(
+        all(comm.size == 1 for comm in getattr(inner, "comms", ())),
+        "apply_if_finite: the transform inside exchanges, and a rank would skip it alone: place apply_if_finite after "
+        "the exchange, chain(mean(comm), apply_if_finite(…)), or use scale_loss around it",
+    )
 
     def update(gradient: Vector, state: SkipState, weights: Vector) -> tuple[Vector, SkipState]:
         if not np.isfinite(gradient).all():
@@ -371,7 +379,7 @@ class EveryState(NamedTuple):
     """The number of gradients since the last step, their sum, and the inner state."""
 
     micro_steps: int
-    total: Vector
+    total: LocalVector
     inner: Any
 
 

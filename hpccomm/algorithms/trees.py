@@ -231,6 +231,8 @@ def check_weights(weights: Vector, bucket: Bucket | None) -> Vector:
     array = check_array(weights, "the weights") if isinstance(weights, np.ndarray) else weights
     if array.dtype.kind not in "fc" and not is_bfloat16(array.dtype):
         raise ArgumentError(f"the weights are {array.dtype}: pass floating-point numbers, x.astype('f4')")
+    if array.ndim == 0:
+        raise ArgumentError("the weights are one number without a dimension: pass a vector, w.reshape(1)")
     if bucket is not None and array.shape != (bucket.size,):
         found = f"the weights have shape {array.shape}, the bucket's part ({bucket.size},)"
         raise ArgumentError(f"{found}: pass a vector of the bucket's size")

@@ -62,7 +62,8 @@ def hybrid(
     the nodes.  ``residual`` as above; a flush sums or averages as the exchange does.  ``momentum`` η (by default
     1 − 1/N), ``lr`` ζ and ``nesterov`` are :func:`~hpccomm.algorithms.blockwise_filtering.bmuf`'s, ``weight_by``,
     ``warmup`` and ``check`` those of :func:`~hpccomm.algorithms.local_steps.periodic_transform`; the weight of a group
-    is the sum of its ranks' weights.  In the warm-up every group's exchange receives the mean gradient of all ranks.
+    is the sum of its ranks' weights.  In the warm-up every group's exchange receives the mean gradient of all ranks;
+    where groups differ in size their models may differ, and after its last step all go on from rank 0's.
     ``local_state="reset"`` starts every block with a new state of ``descent``.
 
     A single group takes no outer step.  End a run with ``finish`` and ``export`` of the returned transform; residuals

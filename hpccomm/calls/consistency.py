@@ -15,7 +15,7 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -54,7 +54,7 @@ LEFT, GAVE_UP, HAS_CODE, PROCESS, REFUSED, FAILED, FAILED_BEFORE, CLOSED = (STAT
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
-OUT_OF_STEP, WANTED, ELSEWHERE, FIRST_ISSUE = (ISSUED + k for k in range(1, 5))
+OUT_OF_STEP, WANTED, ELSEWHERE, ISSUED_ELSEWHERE, FIRST_ISSUE = (ISSUED + k for k in range(1, 6))
 FIRST_CLAIM, CLAIMS = FIRST_ISSUE + 2 * CALLS, 8
 FIRST_AMOUNTS = FIRST_CLAIM + CLAIMS
 
@@ -81,9 +81,9 @@ MOST_RANKS = 1 << 24
 def row_words(members: int) -> int:
     """64-bit words per rank: entries of the last calls, the status, counts of the last calls, fingerprints as text.
 
-    Then the number of non-blocking calls, the digest of a text that this rank wants to read, who has left on other
-    nodes, and of the last non-blocking calls the entry and the number of blocking calls before it; claims to errors;
-    amounts of blocks; a reason.
+    Then the number of non-blocking calls, the digest of a text that this rank wants to read, who has gone on other
+    nodes after the fewest blocking and non-blocking calls, and of the last non-blocking calls the entry and the number
+    of blocking calls before it; claims to errors; amounts of blocks; a reason.
     """
     return FIRST_AMOUNTS + AMOUNT_CALLS * (1 + 2 * members) + REASON_BYTES // 8
 
@@ -91,6 +91,26 @@ def row_words(members: int) -> int:
 def bytes_needed(members: int) -> int:
     """Shared bytes for the ranks of one node."""
     return 8 * members * row_words(members)
+
+
+class Gone(NamedTuple):
+    """A rank that makes no more calls of a communicator."""
+
+    calls: int
+    """How many it has made."""
+    rank: int
+    freed: bool
+    """Whether it has freed the communicator, and not left the program."""
+
+    def encode(self) -> int:
+        """One word, not 0, of which that with fewer calls is less."""
+        return (self.calls * MOST_RANKS + self.rank) * 2 + self.freed + 1
+
+    @classmethod
+    def decode(cls, word: int) -> Gone:
+        """The rank of a word."""
+        calls, rank = divmod(word - 1 >> 1, MOST_RANKS)
+        return cls(calls, rank, bool(word - 1 & 1))
 
 
 class ConsistencyTable:
@@ -129,6 +149,10 @@ class ConsistencyTable:
         """The last call of which this rank has said that another one refuses it."""
         self._raised: deque[int] = deque(maxlen=CALLS)
         """Calls that this rank has left by an error, which it has raised."""
+        self._told_elsewhere = 0
+        """The last call of which other nodes know that this rank refuses it."""
+        self._waits = 0
+        """The last call, while this rank waits for a non-blocking one of MPI."""
         self._doubt: tuple[int, bool] | None = None
         """The call that :meth:`doubt` has noted."""
         self._writing = threading.Lock()
@@ -262,13 +286,17 @@ class ConsistencyTable:
             return
         (seq, one_way), began = self._doubt, time.monotonic()
         for peer, rank in zip(self._peers, self._others, strict=True):
+            entered = 0.0
             while self.count_left(peer) < seq:
                 pause(began, EAGER_SECONDS, 8)
                 self.progress()
-                if self._words[peer + LEFT]:
+                if self.is_gone(peer):
                     raise MismatchError(self.explain_departure(rank, self.find_call(self._base, seq)))
-                if self._words[peer + STATUS] == seq and time.monotonic() - began > LEAVE_SECONDS:
-                    break
+                if self._words[peer + STATUS] == seq:
+                    now = time.monotonic()
+                    entered = entered or now
+                    if now - entered > LEAVE_SECONDS:
+                        break
         left = all(self.count_left(peer) >= seq for peer in self._peers)
         failed = [{self._words[peer + FAILED], self._words[peer + FAILED_BEFORE]} for peer in self._peers]
         if not left or (one_way and (self.between or not all(seq in each for each in failed))):
@@ -414,6 +442,8 @@ class ConsistencyTable:
         if (digest, other) in self._compatible:
             return
         a, b = self.find_call(self._base), self.find_call(peer)
+        if b is None and not self.is_gone(peer):  # its watchdog will write it, and this one looks again
+            return
         if a is not None and b is not None and first_difference(a, b) is None:
             self._compatible.add((digest, other))
             return
@@ -488,6 +518,22 @@ class ConsistencyTable:
         self.write_reason(error)
         self._words[self._base + REFUSED] = self._seq
 
+    def take_own_refusal(self) -> tuple[int, str] | None:
+        """The last call that this rank refuses, once, and why, unless a lower rank of this node refuses it, too."""
+        seq, lower = self._words[self._base + REFUSED], range(0, self._base, self._stride)
+        if seq <= self._told_elsewhere or any(self._words[row + REFUSED] == seq for row in lower):
+            return None
+        self._told_elsewhere = seq
+        return seq, f"rank {self._me} has left: {self.read_reason(self._me)}"
+
+    def describe_waiting(self, seq: int) -> str:
+        """Which rank of this node waits in which call, if that is call ``seq`` and none has to enter it."""
+        rows = {rank: k * self._stride for k, rank in enumerate(self.members)}
+        waiting = [rank for rank, row in rows.items() if self._words[row + STATUS] == seq]
+        if not waiting or any(self.count_entered(row) < seq for row in rows.values()):
+            return ""
+        return f"rank {waiting[0]} waits in {self.find_call(rows[waiting[0]], seq)}"
+
     def count_left(self, row: int) -> int:
         """How many calls a rank has left."""
         status = self._words[row + STATUS]
@@ -505,7 +551,7 @@ class ConsistencyTable:
     def is_ahead(self) -> bool:
         """Whether a member that runs has not left the last call of this rank yet."""
         last, words = self.count_completed(self._base), self._words
-        behind = (peer for peer in self._peers if self.count_left(peer) < last and not words[peer + LEFT])
+        behind = (peer for peer in self._peers if self.count_left(peer) < last and not self.is_gone(peer))
         return any(find_process(words[peer + PROCESS]).started for peer in behind)
 
     def take_refusal(self) -> str:
@@ -534,7 +580,8 @@ class ConsistencyTable:
 
     def explain_departure(self, rank: int, call: Fingerprint | None) -> str:
         """The error sentence for a call that waits for a rank which makes no more calls."""
-        return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
+        gone = "freed this communicator" if self.has_freed(rank) else "left the program"
+        return f"rank {rank} has {gone}, rank {self._me} waits in {call}: make all ranks call it"
 
     def raise_if_deadlocked(self) -> None:
         """Raise if the current call can never complete."""
@@ -579,33 +626,77 @@ class ConsistencyTable:
         refusing = [rank for peer, rank in members if self._words[peer + REFUSED] == self._seq]
         if not refusing or self.missing_ranks():
             return None
-        reason = self.read_reason(refusing[0])
-        return f"rank {self._me} waits in {call}, which rank {refusing[0]} has left: {reason}"
+        return f"rank {self._me} waits in {call}, which rank {refusing[0]} has left: {self.read_reason(refusing[0])}"
+
+    # Ranks that are gone: they have left the program, or freed the communicator
+
+    def is_gone(self, row: int) -> bool:
+        """Whether a rank of this node makes no more calls."""
+        return bool(self._words[row + LEFT] or self._words[row + CLOSED])
+
+    def has_freed(self, rank: int) -> bool:
+        """Whether a rank that is gone has freed the communicator, and not left the program."""
+        if rank in self.members:
+            return not self._words[self.members.index(rank) * self._stride + LEFT]
+        return any(
+            each.rank == rank and each.freed for at in (ELSEWHERE, ISSUED_ELSEWHERE) for each in self._list_gone(at)
+        )
 
     def find_departure(self, entered: bool = False) -> int | None:
-        """A rank that has left the program without the current call, as far as this node knows.
+        """A rank that is gone without the current call, as far as this node knows.
 
         It has not completed it; with ``entered`` one of this node has not even entered it.
         """
-        calls, rank = min([*self._list_left(entered), *self._list_elsewhere()], default=(self._seq, 0))
+        calls, rank, _ = min(
+            [*self._list_gone_here(entered), *self._list_gone(ELSEWHERE)], default=Gone(self._seq, 0, False)
+        )
         return rank if calls < self._seq else None
 
-    def _list_left(self, entered: bool = False) -> list[tuple[int, int]]:
-        """Calls completed, or entered, and rank, of those of this node that have left the program."""
-        rows = [(k * self._stride, rank) for k, rank in enumerate(self.members)]
-        count = self.count_entered if entered else self.count_completed
-        return [(count(row), rank) for row, rank in rows if self._words[row + LEFT]]
+    def _list_gone_here(self, entered: bool = False) -> list[Gone]:
+        """Those of this node, with the calls that they have completed, or entered."""
+        count, found = self.count_entered if entered else self.count_completed, []
+        for k, rank in enumerate(self.members):
+            row, freed = k * self._stride, self.has_freed(rank)
+            if self.is_gone(row):  # all may have failed in the last call before one of them frees
+                found.append(Gone(self.count_left(row) if freed and not entered else count(row), rank, freed))
+        return found
 
-    def _list_elsewhere(self) -> list[tuple[int, int]]:
-        """The same of ranks of other nodes, by the messages of those."""
-        words = [self._words[k * self._stride + ELSEWHERE] for k in range(len(self.members))]
-        return [divmod(each - 1, MOST_RANKS) for each in words if each]
+    def _list_gone(self, at: int) -> list[Gone]:
+        """Those of other nodes, by the messages of those, with the calls that a word of this node counts."""
+        words = [self._words[k * self._stride + at] for k in range(len(self.members))]
+        return [Gone.decode(each) for each in words if each]
 
-    def note_departure(self, rank: int, calls: int) -> None:
-        """Note that a rank of another node has left the program after so many calls."""
-        word = calls * MOST_RANKS + rank + 1
+    def note_departure(self, *departure: int) -> bool:
+        """Note who is gone on other nodes after the fewest blocking and non-blocking calls; whether that is new."""
+        found = False
         with contextlib.suppress(ValueError):  # the table is closed
-            self._words[self._base + ELSEWHERE] = min(self._words[self._base + ELSEWHERE] or word, word)
+            for at, word in zip((ELSEWHERE, ISSUED_ELSEWHERE), departure, strict=True):
+                known = self._words[self._base + at]
+                if Gone.decode(word).rank not in self.members and (word < known or not known):
+                    self._words[self._base + at], found = word, True
+        return found
+
+    def tell_gone(self) -> None:
+        """Tell the next node which ranks are gone after the fewest calls, if this one is among those of its node.
+
+        Not if the rank that would receive it is the only one to be named.
+        """
+        wire = self.wire
+        if wire is None:
+            return
+        wire.receive()
+        here = self._list_gone_here()
+        rows = {rank: k * self._stride for k, rank in enumerate(self.members)}
+        issued = [each._replace(calls=self._words[rows[each.rank] + ISSUED]) for each in here]
+        first = [min([*each, *self._list_gone(at)]) for each, at in ((here, ELSEWHERE), (issued, ISSUED_ELSEWHERE))]
+        if self._me in (min(here).rank, min(issued).rank) and any(each.rank != wire.receiver for each in first):
+            wire.tell([each.encode() for each in first])
+
+    def check_issued(self, number: int, call: Fingerprint) -> None:
+        """Raise if a rank of another node is gone before its non-blocking call of this number."""
+        gone = min(self._list_gone(ISSUED_ELSEWHERE), default=None)
+        if gone and gone.calls < number:
+            raise MismatchError(self.explain_departure(gone.rank, call))
 
     def check_stall(self, word: int, seconds: float, find_missing: Callable[[], list[int]]) -> None:
         """Check a call in shared memory that waits for some members: raise if they can never enter it.
@@ -628,7 +719,7 @@ class ConsistencyTable:
             other = self.find_call(row, number) if entered else None
             if other is not None and call is not None and first_difference(call, other) is None:
                 continue
-            if (other or (ahead and entered) or words[row + LEFT]) and position in find_missing():
+            if (other or (ahead and entered) or self.is_gone(row)) and position in find_missing():
                 if call:
                     self.announce(call)
                 words[self._base + GAVE_UP] = (number - 1 << DIGEST_BITS) | digest
@@ -662,10 +753,15 @@ class ConsistencyTable:
     def watch_request(self, number: int, waits: bool) -> None:
         """Compare call ``number``, which MPI makes without blocking, unless this rank has made another one since.
 
-        While this rank ``waits`` for it, it is in the call, so other ranks and the watchdog see that.
+        While this rank ``waits`` for it, it is in the last call, so other ranks and the watchdog see that: one that is
+        gone without the last call is missed, though this rank waits for an earlier one first.
         """
-        if self._seq == number:
-            self._words[self._base + STATUS] = number if waits else -number
+        seq, status = self._seq, self._words[self._base + STATUS]
+        if waits and status < 0:
+            self._words[self._base + STATUS] = self._waits = seq
+        elif not waits and status == self._waits:  # no other thread has made a call since
+            self._words[self._base + STATUS], self._waits = -seq, 0
+        if seq == number:
             try:
                 self.compare_entries()
             except MismatchError as error:
@@ -733,8 +829,8 @@ class ConsistencyTable:
     def check_order(self, k: int, number: int, blocking_calls: int, call: Fingerprint) -> None:
         """Raise if member k has left, or has entered the next blocking call before this non-blocking one."""
         row, rank, (_, word) = k * self._stride, self.members[k], self.last_shared_call(k)
-        ahead, left = self.blocking_calls(k) > blocking_calls, self._words[row + LEFT]
-        if self._words[row + ISSUED] >= number or not (ahead or left):
+        ahead, gone = self.blocking_calls(k) > blocking_calls, self.is_gone(row)
+        if self._words[row + ISSUED] >= number or not (ahead or gone):
             return
         self.leave_step(call)
         if not ahead:
@@ -745,11 +841,14 @@ class ConsistencyTable:
 
     def explain_issue_after(self, call: Fingerprint | None) -> str | None:
         """The error sentence if a member has issued a non-blocking call before this blocking one, and this rank not."""
-        number, mine = self._words[self._base + ISSUED] + 1, self.blocking_calls_here()
+        mine = self.blocking_calls_here()  # before the number: the program goes on while its watchdog looks
+        number = self._words[self._base + ISSUED] + 1
         for peer, rank in zip(self._peers, self._others, strict=True):
+            if self._words[peer + ISSUED] < number:  # the last of the words that it writes
+                continue
             at = peer + FIRST_ISSUE + 2 * (number % CALLS)
             entry, before = self._words[at], self._words[at + 1]
-            if self._words[peer + ISSUED] >= number and entry >> DIGEST_BITS == number and before < mine:
+            if entry >> DIGEST_BITS == number and before < mine:
                 self.leave_step(call)
                 calls = {self._me: call, rank: self.find_text(peer, entry & DIGEST_MASK, 0)}
                 return mismatch_message(calls, self._me)
@@ -776,29 +875,14 @@ class ConsistencyTable:
     def close(self) -> None:
         """Release the views of the memory, whose owner frees it."""
         _tables.discard(self)
-        with contextlib.suppress(ValueError):  # the table is closed already
-            self._words[self._base + CLOSED] = 1
+        self.mark_gone(freed=True)
         self._words.release()
         self._octets.release()
 
-    def mark_left(self) -> None:
+    def mark_gone(self, freed: bool = False) -> None:
         """Mark for the ranks of this node that this rank makes no more calls."""
         with contextlib.suppress(ValueError):
-            self._words[self._base + LEFT] = 1
-
-    def tell_left(self) -> None:
-        """Tell the next node which rank has left after the fewest calls.
-
-        Not if a rank of this node has left before after fewer calls, or the rank that would receive it has left.
-        """
-        wire = self.wire
-        if wire is None:
-            return
-        wire.receive()
-        here, elsewhere = self._list_left(), self._list_elsewhere()
-        if min(here)[1] == self._me and all(rank != wire.receiver for _, rank in elsewhere):
-            calls, rank = min([*here, *elsewhere])
-            wire.tell(rank, calls)
+            self._words[self._base + (CLOSED if freed else LEFT)] = 1
 
 
 class EnteredCall:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,11 +51,11 @@ class Departure:
         """Mark in all tables that this process has left, tell other nodes, and wait for the other ranks."""
         tables = [] if self._is_over() else list(self._tables)
         for table in tables:
-            table.mark_left()
+            table.mark_gone()
         wires = [table.wire for table in tables if table.wire]
         try:
             for table in tables:
-                table.tell_left()
+                table.tell_gone()
         finally:
             for each in wires:
                 each.meet()
@@ -101,11 +101,11 @@ class Wire:
     may have cleared modules when this is used for the last time, so what it takes is kept here.
     """
 
-    REQUEST, ANSWER, DEPARTURE = 1, 2, 3
-    """Tags: where the ranks of a node stand is asked, and answered; a rank has left."""
+    REQUEST, ANSWER, DEPARTURE, REFUSAL = 1, 2, 3, 4
+    """Tags: where the ranks of a node stand is asked, and answered; a rank is gone; a rank refuses a call."""
 
-    def __init__(self, comm: MPI.Intracomm, receiver: int, note: Callable[[int, int], None]) -> None:
-        """``note(rank, calls)`` is called for each rank of which another node says that it has left."""
+    def __init__(self, comm: MPI.Intracomm, receiver: int, note: Callable[..., bool]) -> None:
+        """``note(*departure)`` is called for what another node says of ranks that are gone: whether that is new."""
         self.comm, self.receiver, self._note = comm, receiver, note
         self._status, self._type = MPI.Status(), MPI.BYTE
         self._sent = list[tuple[MPI.Request, bytes]]()
@@ -128,17 +128,18 @@ class Wire:
             self.comm.Recv([octets, self._type], self._status.source, self._status.tag)
             self._received += 1
             if self._status.tag == self.DEPARTURE:
-                rank, calls = octets.decode().strip("[]").split(",")
-                self._note(int(rank), int(calls))
+                departure = [int(each) for each in octets.decode().strip("[]").split(",")]
+                if self._note(*departure) and departure[0] & 1 and self._meeting is None:  # no rank has freed
+                    self.send(bytes(octets), self.receiver, self.DEPARTURE)
             else:
                 found.append((self._status.source, self._status.tag, bytes(octets)))
         return found
 
-    def tell(self, rank: int, calls: int) -> None:
-        """Tell the next node once, as JSON, which rank has left and after how many calls."""
+    def tell(self, departure: Sequence[int]) -> None:
+        """Tell the next node once, as JSON, which ranks are gone, which tells the one after it."""
         if not self._has_told:
             self._has_told = True
-            self.send(f"[{rank}, {calls}]".encode(), self.receiver, self.DEPARTURE)
+            self.send(f"[{', '.join(map(str, departure))}]".encode(), self.receiver, self.DEPARTURE)
 
     def meet(self) -> None:
         """Begin to meet the other ranks, after which this one sends no more."""

@@ -433,6 +433,8 @@ class Entry:
             )
             if self._pending.value == records.UNFINISHED and self._record["held_send"]:
                 self._row_call.abandon(error)
+            if self._table:  # the others read the reason of the last error that this rank has written
+                self._table.write_reason(error)
             for each in filter(None, (self._memory, self._table)):
                 each.abandon()
             raise error

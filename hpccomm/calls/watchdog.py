@@ -114,6 +114,8 @@ class Group:
         """What other nodes have asked and this rank has not answered: who, the number, when, and what was found."""
         self.answers: dict[int, list[State]] = {}
         """The answers of other nodes, by the number of what was asked."""
+        self._refused = (0, "", 0.0)
+        """The last call that a rank of another node refuses, why, and since when a rank of this node waits in it."""
         self.wire: Wire | None = None
         if wire is not None:
             mine = next(k for k, members in enumerate(nodes) if rank in members)
@@ -139,6 +141,7 @@ class Group:
                 self.table.write_wanted_texts()
                 self.tell()
                 self._check_deadlock()
+                self._check_refused()
 
     def tell(self) -> None:
         """Log that another rank has refused a call which this rank has completed, once for each such call."""
@@ -159,6 +162,15 @@ class Group:
             time.monotonic() - self._since[1] > PATIENCE[len(self.nodes) > 1] * PERIOD and self.table.active_seq == seq
         ):
             abort_all(reason)
+
+    def _check_refused(self) -> None:
+        """Abort all ranks if one of this node waits in a call that a rank of another node has refused."""
+        seq, reason, since = self._refused
+        waiting, now = self.table.describe_waiting(seq) if seq else "", time.monotonic()
+        if not waiting:
+            self._refused = (seq, reason, now)
+        elif now - since > PATIENCE[1] * PERIOD:
+            abort_all(f"{waiting}, which {reason}")
 
     def is_first(self, event: Event) -> bool:
         """Whether no rank before this one on this node is in the same call and can report it."""
@@ -213,8 +225,14 @@ class Group:
             if tag == Wire.REQUEST:
                 number, comm = content
                 self._asked.append((source, number, time.monotonic(), Inquiry(self.processes, comm)))
+            elif tag == Wire.REFUSAL:
+                self._refused = (*content, time.monotonic())
             else:
                 self.answers.setdefault(content[0], []).extend(State.decode(each) for each in content[1])
+        refused = self.table.take_own_refusal()
+        for members in self.nodes:
+            if refused and self.rank not in members:
+                self.send(members[0], Wire.REFUSAL, refused)
         left = []
         for source, number, when, inquiry in self._asked:
             late = time.monotonic() - when > ANSWER_SECONDS
@@ -235,8 +253,10 @@ class Group:
         with _mpi:
             _watchdog.groups.pop(self.comm.number, None)
             wire, self.wire = self.wire, None
-        if wire is None:
-            return
+            if wire is None:
+                return
+            self.table.mark_gone(freed=True)
+            self.table.tell_gone()
         self.table.wire = None
         wire.meet()  # a message under way could reach the next communicator (seen with MPICH)
         until = time.monotonic() + FREE_SECONDS

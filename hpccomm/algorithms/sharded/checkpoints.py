@@ -85,6 +85,7 @@ def split_by_unit(states: ShardedModel, vector: Vector) -> tuple[Vector, ...]:
 def load_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel, /) -> dict[str, Any]:
     """Restore the states of :func:`save_shards`, on any number of ranks; returns the note alone (collective).
 
+    In the middle of a step it discards the gradients since :meth:`ShardedModel.boundary`, and units count as released.
     Raises on all ranks for another model or optimizer and for files that are missing or truncated; the states are then
     unchanged.
     """
@@ -94,6 +95,7 @@ def load_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel,
     manifest = find_set(comm, folder, name, what)
     told, note = run_collectively(comm, what, lambda: read_description(manifest))
     master, state = run_collectively(comm, what, lambda: read_states(where, manifest, told, states))
+    states.discard_step()
     states.master[...], states.state = to_device_like(master, states.master), state
     states.steps, states.loss_scale = told["steps"], LossScale(*told["loss_scale"])
     states.refresh()

@@ -774,13 +774,31 @@ class ShardedModel:
                 part *= part.dtype.type(self.max_norm / norm)
             self._step(part)
             self.steps += 1
+        self._begin_step()
+        return Outcome(norm, overflow, self.loss_scale.value)
+
+    def _begin_step(self) -> None:
+        """Forget the gradients and the calls of the last step."""
         self._total[...] = 0
         self._second.clear()
         self._complete.clear()
         self._ahead.clear()
         self.counts = dict.fromkeys(self.units, 0)
         self.calls.clear()
-        return Outcome(norm, overflow, self.loss_scale.value)
+
+    def discard_step(self) -> None:
+        """Discard the gradients since the last step, and gathered units, once the exchanges under way have ended."""
+        buffers = [*self.buffers, *self.gradients, *self._sums.values()]
+        for future in (*(each.under_way for each in buffers), *self._second):
+            if future is not None:
+                future.exception()  # an error of the step that is discarded
+        for each in buffers:
+            each.unit = each.under_way = None
+            each.users.clear()
+        for total in self._sums.values():
+            total.room[...] = 0
+        self._sent.clear()
+        self._begin_step()
 
     def _count_micro_steps(self) -> int:
         """The number of micro-steps; raises where ranks or units disagree, before gradients are sent or changed."""
