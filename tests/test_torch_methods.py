@@ -95,6 +95,15 @@ def test_calls_of_a_method_run_beside_those_of_its_group() -> None:
         dist.barrier()
 
 
+def test_a_group_whose_ranks_are_out_of_step_can_be_destroyed() -> None:
+    group = dist.new_group()
+    exchange = progress.submit(communicator(group), lambda channel: None, f"exchange {dist.get_rank()}")
+    with pytest.raises(MismatchError, match=r"exchange 0.*exchange 1"):
+        exchange.wait()
+    dist.destroy_process_group(group)
+    dist.barrier()
+
+
 def test_a_dense_exchange_is_that_of_ddp() -> None:
     ddp, _, optimizer = wrap(hpccomm.mean)
     plain = torch.nn.parallel.DistributedDataParallel(make_model())

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import ArgumentError, MismatchError
-from hpccomm.torch.decisions import COMPLETE, decide, pause
+from hpccomm.torch.decisions import COMPLETE, decide, drive
 from hpccomm.torch.group import Group
 from hpccomm.torch.members import DECISION
 
@@ -45,7 +45,7 @@ def await_all(store: Any, me: int, size: int, number: int, limit: float) -> None
             raise MismatchError(
                 f"rank {me}: monitored_barrier timed out after {limit:g} s: {format_ranks(missing)} did not call it"
             )
-        pause(POLL_SECONDS)
+        drive(POLL_SECONDS)
     first = decide(store, f"{prefix} {DECISION}", COMPLETE)
     for name in (me, *([DECISION] if me == 0 else [])):
         store.delete_key(f"barrier {number - 1} {name}")

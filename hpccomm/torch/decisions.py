@@ -18,8 +18,8 @@ def decide(store: Any, key: str, choice: str) -> str:
     return str(store.compare_set(key, "", choice).decode())
 
 
-def pause(seconds: float) -> None:
-    """Pause between two looks in the store, and drive MPI: another rank may wait for a message of this one."""
+def drive(seconds: float) -> None:
+    """Drive MPI between two looks in the store: another rank may wait for a message of this one."""
     until = time.monotonic() + seconds
     while True:
         MPI.COMM_SELF.Iprobe()

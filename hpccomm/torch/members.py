@@ -16,8 +16,8 @@ from mpi4py import MPI
 from hpccomm import launcher
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.communicator import Communicator, install_abort_hook
-from hpccomm.errors import LaunchError, MismatchError
-from hpccomm.torch.decisions import COMPLETE, decide, pause
+from hpccomm.errors import HpccommError, LaunchError, MismatchError
+from hpccomm.torch.decisions import COMPLETE, decide, drive
 from hpccomm.torch.meeting import GROUP_TAG, Place, await_ranks
 from hpccomm.torch.options import Options
 from hpccomm.transports.polling import await_request
@@ -73,7 +73,7 @@ def create(given: Any) -> tuple[Communicator, Any, Options | None]:
     group.Free()
     everyone.Free()
     comm.context  # noqa: B018  makes it now, while all ranks are here
-    forget_decision(store, ranks)
+    forget_members(store, ranks)
     free_released()
     return comm, store, _base["options"]
 
@@ -96,7 +96,7 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
                 raise MismatchError(f"{who} cannot be made, {format_ranks(gone)} left the program before: {remedy}")
             if missing and waited > limit and decide(store, DECISION, str(me)) != COMPLETE:
                 raise MismatchError(f"{who} was not made in {limit:g} s, missing: {format_ranks(missing)}: {remedy}")
-        pause(min(MEETING_SECONDS, waited))
+        drive(min(MEETING_SECONDS, waited))
     named = {rank: store.get(key).decode() for rank, key in zip(ranks, keys, strict=True)}
     other = next((rank for rank in ranks if named[rank] != named[me]), None)
     if other is not None:
@@ -106,7 +106,7 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
         raise MismatchError(f"{who} cannot be made, rank {decision} has waited and timed out before: {remedy}")
 
 
-def forget_decision(store: Any, ranks: list[int]) -> None:
+def forget_members(store: Any, ranks: list[int]) -> None:
     """Delete this rank's keys of a group that is made; all ranks have read them."""
     me = dist.get_rank()
     store.delete_key(f"member {me}")
@@ -161,11 +161,14 @@ def release(comm: Communicator) -> None:
     """Free a communicator once all its ranks have released it: now, or when a group is made or released later.
 
     Ranks may release their communicators in different orders, so none waits for the others.  What is not free when MPI
-    ends lives until then.
+    ends lives until then, and so does a communicator whose ranks are out of step.
     """
     if MPI.Is_finalized() or comm == MPI.COMM_NULL:
         return
-    request = comm.private_comm.Ibarrier()
+    try:
+        request = comm.private_comm.Ibarrier()
+    except HpccommError:
+        return
     await_request(request, RELEASE_SECONDS)
     _released.append((comm, request))
     free_released()
@@ -173,9 +176,8 @@ def release(comm: Communicator) -> None:
 
 def free_released() -> None:
     """Free the communicators that all their ranks have released."""
-    pending = list(_released)
-    _released.clear()
-    for comm, request in pending:
+    for _ in range(len(_released)):
+        comm, request = _released.pop(0)
         if request.Test():
             comm.Free()
         else:
