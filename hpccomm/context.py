@@ -447,7 +447,8 @@ class Context:
             return False
         if self.layout.count > 1 or self.consistency is None:
             return False
-        states = self.node.allgather((objects.complete(), objects.can_compile()))
+        complete = objects.complete()
+        states = self.node.allgather((complete, complete or objects.can_compile()))
         done, possible = (all(each) for each in zip(*states, strict=True))
         if not done and self.rank == 0:
             (start_compiler if possible else tell_no_folder)()
