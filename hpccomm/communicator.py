@@ -309,6 +309,7 @@ class Communicator(MPI.Intracomm):
 
         Raises TransportError on all ranks if ``HPCCOMM_GPU_TRANSPORT`` names a transport that does not work.
         """
+        self.context.check_open("device_transports")
         return self._device_planner.transports.describe()
 
     @classmethod

@@ -146,6 +146,7 @@ class Context:
 
     def __init__(self, comm: MPI.Intracomm, of: tuple[Context, tuple[int, ...]] | None = None) -> None:
         """``of``: the context and the ranks there of which ``comm`` is a level: nothing is read, sent or opened."""
+        keep_freed_memory()
         self._comm, self.rank, self.size = unwrap(comm), comm.rank, comm.size
         self.users: weakref.WeakSet[PlanCache] = weakref.WeakSet()
         self.closed = False
@@ -447,7 +448,8 @@ class Context:
             return False
         if self.layout.count > 1 or self.consistency is None:
             return False
-        states = self.node.allgather((objects.complete(), objects.can_compile()))
+        complete = objects.complete()
+        states = self.node.allgather((complete, complete or objects.can_compile()))
         done, possible = (all(each) for each in zip(*states, strict=True))
         if not done and self.rank == 0:
             (start_compiler if possible else tell_no_folder)()
@@ -610,6 +612,20 @@ def tell_no_folder() -> None:
             "shared memory's functions are compiled anew by every program, as no folder for them can be written: "
             "set HPCCOMM_CACHE to one that can, and run `hpccomm warm`"
         )
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let the C library keep up to twice :data:`KEPT_BYTES` of what the program frees for what it allocates next.
+
+    glibc does so once a block of that length has been freed that was mapped for itself (mallopt(3), M_MMAP_THRESHOLD).
+    Before, it may give the memory of some arrays of 100 KB back to the kernel in each iteration of a loop, and every
+    page is zeroed again; whether it does depends on what else the heap holds, such as the modules of this package.
+    """
+    np.empty(KEPT_BYTES, np.uint8)
+
+
+KEPT_BYTES = 1 << 22
 
 
 def context_of(comm: MPI.Intracomm) -> Context:

@@ -607,6 +607,9 @@ def test_a_call_whose_text_is_not_there_contradicts_nothing_until_it_is(
     here.begin(here.announce(SUM))
     here.compare_entries()
     assert here.deadlock_reason() is None
+    ahead._words[ahead._base + consistency.STATUS] = -1  # it has completed the call
+    ahead.mark_gone()
+    assert here.deadlock_reason() is None
     ahead._octets[8 * text :] = lost
     assert "rank 1 called Allreduce(sum, int64)" in str(here.deadlock_reason())
 
@@ -622,21 +625,37 @@ def test_a_rank_of_another_node_that_is_gone_misses_the_non_blocking_calls_after
         here.check_issued(number, SUM)
 
 
-def test_a_rank_that_waits_for_an_earlier_one_of_mpis_requests_misses_the_last_call(node: MakeTables) -> None:
-    here, gone = node(2)
-    for _ in range(2):
-        here.begin(here.announce(SUM))
-        here.leave()
-    here.watch_request(1, waits=True)
-    assert (here.active_seq, here.deadlock_reason()) == (2, None)
-    gone.mark_gone()
-    assert "rank 1 has left the program, rank 0 waits in Allreduce" in str(here.deadlock_reason())
-    here.watch_request(1, waits=False)
-    assert here.active_seq == 0
+def test_a_rank_that_waits_for_one_of_mpis_requests_misses_those_that_are_gone_without_that_call(
+    node: MakeTables,
+) -> None:
+    """Not those that have made it, whatever has become of their last call."""
+    here, gone, failed = node(3)
+    for table in (here, failed):
+        for _ in range(2):
+            table.begin(table.announce(SUM))
+            table.leave()
+    failed.begin(failed.announce(SUM))
+    failed.abandon()
+    failed.mark_gone()
+    here.begin(here.announce(SUM))
+    here.leave()
     here.watch_request(2, waits=True)
-    here.begin(here.announce(SUM))  # another thread
+    assert (here.active_seq, here.awaited, here.explain_awaited()) == (0, 2, None)
+    gone.mark_gone()
+    assert here.explain_awaited() == f"rank 1 has left the program, rank 0 waits in {SUM}: make all ranks call it"
     here.watch_request(2, waits=False)
-    assert here.active_seq == 3
+    assert here.explain_awaited() is None
+
+
+def test_a_rank_that_frees_while_another_thread_waits_is_gone_after_that_call(node: MakeTables) -> None:
+    here, gone = node(2)
+    for table in (here, gone):
+        table.begin(table.announce(SUM))
+    gone.mark_gone(freed=True)
+    assert here.find_departure() is None
+    here.leave()
+    here.begin(here.announce(SUM))
+    assert here.find_departure() == 1
 
 
 def test_what_mpi_still_sends_lives_as_long_as_the_table(node: MakeTables) -> None:

@@ -68,6 +68,28 @@ def list_imports_of_mpi4py() -> list[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
+BLOCKS = """
+import ctypes, sys
+import numpy as np
+from mpi4py import MPI
+import hpccomm
+mallinfo = ctypes.CDLL(None).mallinfo
+mallinfo.restype = type("Info", (ctypes.Structure,), {"_fields_": [(f"f{k}", ctypes.c_int) for k in range(10)]})
+if sys.argv[1:] == ["ours"]:
+    hpccomm.Communicator(MPI.COMM_SELF)
+before = mallinfo().f3
+array = np.empty(3 << 20, np.uint8)
+print(mallinfo().f3 - before)
+"""
+"""How many blocks the C library has mapped for an array, which it gives back to the kernel with that."""
+
+
+@pytest.mark.parametrize(("whose", "blocks"), [("ours", 0), ("mpi4py", 1)])
+def test_arrays_take_the_memory_that_others_have_freed(whose: str, blocks: int) -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCKS, whose], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == blocks
+
+
 @pytest.mark.mpi(sizes=(1, 2, 3))
 def test_levels_on_one_node_cost_no_message(comm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = hpccomm.Communicator(comm.Dup())

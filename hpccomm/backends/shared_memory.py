@@ -42,7 +42,7 @@ import weakref
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -813,6 +813,12 @@ def new_tuning_table(slot: int, parameters: Parameters = DEFAULTS, direct_sum: i
     A trial is meaningful only in the steady state, in which the other ranks have read the slots before.  So the first
     one waits until all parts of the ring have been used.  ``direct_sum``: up to so many bytes an allreduce is direct.
     """
+    return first_tuning_table(slot, parameters, direct_sum).copy()
+
+
+@lru_cache(8)
+def first_tuning_table(slot: int, parameters: Parameters, direct_sum: int) -> npt.NDArray[Any]:
+    """The same, made once for all communicators with as many ranks."""
     table = np.zeros((len(kernels.COLLECTIVES), SIZE_CLASSES), records.TUNING_RECORD)
     for name, rows in zip(kernels.COLLECTIVES, table, strict=True):
         buffered = direct_sum if name == "allreduce" else records.BUFFER

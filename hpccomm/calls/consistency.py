@@ -151,8 +151,8 @@ class ConsistencyTable:
         """Calls that this rank has left by an error, which it has raised."""
         self._told_elsewhere = 0
         """The last call of which other nodes know that this rank refuses it."""
-        self._waits = 0
-        """The last call, while this rank waits for a non-blocking one of MPI."""
+        self.awaited = 0
+        """The call of a non-blocking request of MPI, while this rank waits for it."""
         self._doubt: tuple[int, bool] | None = None
         """The call that :meth:`doubt` has noted."""
         self._writing = threading.Lock()
@@ -399,9 +399,11 @@ class ConsistencyTable:
         digests = frozenset(self._words[k * self._stride + slot] & DIGEST_MASK for k in range(len(self.members)))
         if len(digests) <= 2 or digests in self._compatible:
             return
-        if find_difference(self.list_calls(self._seq).values()):
+        calls = self.list_calls(self._seq).values()
+        if find_difference(calls):
             raise MismatchError(self.explain())
-        self._compatible.add(digests)
+        if None not in calls:
+            self._compatible.add(digests)
 
     def _complete(self, amounts: Amounts | None) -> None:
         """Write the amounts of this call, if all members are in reach and :meth:`begin` has not."""
@@ -442,9 +444,9 @@ class ConsistencyTable:
         if (digest, other) in self._compatible:
             return
         a, b = self.find_call(self._base), self.find_call(peer)
-        if b is None and not self.is_gone(peer):  # its watchdog will write it, and this one looks again
+        if b is None:  # its watchdog will write it, and this one looks again
             return
-        if a is not None and b is not None and first_difference(a, b) is None:
+        if a is not None and first_difference(a, b) is None:
             self._compatible.add((digest, other))
             return
         raise MismatchError(self.explain())
@@ -642,23 +644,28 @@ class ConsistencyTable:
             each.rank == rank and each.freed for at in (ELSEWHERE, ISSUED_ELSEWHERE) for each in self._list_gone(at)
         )
 
-    def find_departure(self, entered: bool = False) -> int | None:
-        """A rank that is gone without the current call, as far as this node knows.
+    def find_departure(self, entered: bool = False, seq: int = 0) -> int | None:
+        """A rank that is gone without call ``seq``, by default the current one, as far as this node knows.
 
         It has not completed it; with ``entered`` one of this node has not even entered it.
         """
-        calls, rank, _ = min(
-            [*self._list_gone_here(entered), *self._list_gone(ELSEWHERE)], default=Gone(self._seq, 0, False)
-        )
-        return rank if calls < self._seq else None
+        seq = seq or self._seq
+        gone = [each for each in (*self._list_gone_here(entered), *self._list_gone(ELSEWHERE)) if each.calls < seq]
+        return min(gone).rank if gone else None
+
+    def explain_awaited(self) -> str | None:
+        """The error sentence if a rank is gone without the call for whose request this one waits."""
+        rank = self.find_departure(seq=self.awaited) if self.awaited else None
+        return None if rank is None else self.explain_departure(rank, self.find_call(self._base, self.awaited))
 
     def _list_gone_here(self, entered: bool = False) -> list[Gone]:
-        """Those of this node, with the calls that they have completed, or entered."""
-        count, found = self.count_entered if entered else self.count_completed, []
+        """Those of this node, with the calls that they have completed, or entered: one that frees may wait in one."""
+        found = []
         for k, rank in enumerate(self.members):
             row, freed = k * self._stride, self.has_freed(rank)
-            if self.is_gone(row):  # all may have failed in the last call before one of them frees
-                found.append(Gone(self.count_left(row) if freed and not entered else count(row), rank, freed))
+            if self.is_gone(row):
+                count = self.count_entered if freed or entered else self.count_completed
+                found.append(Gone(count(row), rank, freed))
         return found
 
     def _list_gone(self, at: int) -> list[Gone]:
@@ -753,15 +760,12 @@ class ConsistencyTable:
     def watch_request(self, number: int, waits: bool) -> None:
         """Compare call ``number``, which MPI makes without blocking, unless this rank has made another one since.
 
-        While this rank ``waits`` for it, it is in the last call, so other ranks and the watchdog see that: one that is
-        gone without the last call is missed, though this rank waits for an earlier one first.
+        While this rank ``waits`` for the last call, it is in it, so other ranks and the watchdog see that; while it
+        waits for an earlier one, the watchdog looks only for ranks that are gone without that.
         """
-        seq, status = self._seq, self._words[self._base + STATUS]
-        if waits and status < 0:
-            self._words[self._base + STATUS] = self._waits = seq
-        elif not waits and status == self._waits:  # no other thread has made a call since
-            self._words[self._base + STATUS], self._waits = -seq, 0
-        if seq == number:
+        self.awaited = number if waits else 0
+        if self._seq == number:
+            self._words[self._base + STATUS] = number if waits else -number
             try:
                 self.compare_entries()
             except MismatchError as error:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -151,7 +151,7 @@ class Entry:
         self._resumes = False
         """Whether Python continues a call, during which signal handlers run."""
         self._facts = door_facts(size)
-        self._types, self._items = type_table(list_objects()), item_sizes()
+        self._types, self._items = type_table(), item_sizes()
         self._record, self._blocks = np.zeros((), records.ENTRY_RECORD), np.zeros(4 * size, np.int64)
         self._counts = np.zeros((4, size), np.int32)
         self._no_row = np.zeros(1, records.ROW_RECORD)
@@ -548,9 +548,10 @@ def list_types() -> tuple[tuple[Any, int, int], ...]:
     return (*types, *((each, 0, 1) for each in known_ops))
 
 
-def type_table(known: Iterable[tuple[Any, int, int]]) -> npt.NDArray[Any]:
-    """The hash table of objects by address."""
-    entries = list(known)
+@cache
+def type_table() -> npt.NDArray[Any]:
+    """The hash table of the known objects by address, which all communicators read."""
+    entries = list_objects()
     table = np.zeros(1 << (3 * len(entries)).bit_length(), records.TYPE_RECORD)
     for each, token, item in entries:
         used = each.Get_true_extent()[1] if isinstance(each, MPI.Datatype) else item

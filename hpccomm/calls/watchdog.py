@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any, TypeVar
 
 from mpi4py import MPI
@@ -109,7 +110,7 @@ class Group:
         self._parent: Group | None = of[0] if of else None
         self._ranks: Sequence[int] = of[1] if of else ()
         self._checking, self._closed = threading.RLock(), False  # the watchdog, the end of the program, and close
-        self._since = (0, 0.0)
+        self._since = ((0, 0), 0.0)
         self._asked: list[tuple[int, int, float, Inquiry]] = []
         """What other nodes have asked and this rank has not answered: who, the number, when, and what was found."""
         self.answers: dict[int, list[State]] = {}
@@ -154,12 +155,13 @@ class Group:
 
         A rank that can look itself raises the error, and has some time for that.
         """
-        seq = self.table.active_seq
-        reason = self.table.deadlock_reason() if seq else None
-        if reason is None or seq != self._since[0]:
-            self._since = (seq if reason else 0, time.monotonic())
-        elif (
-            time.monotonic() - self._since[1] > PATIENCE[len(self.nodes) > 1] * PERIOD and self.table.active_seq == seq
+        calls = self.table.active_seq, self.table.awaited
+        reason = self.table.deadlock_reason() if calls[0] else self.table.explain_awaited()
+        if reason is None or calls != self._since[0]:
+            self._since = (calls if reason else (0, 0), time.monotonic())
+        elif time.monotonic() - self._since[1] > PATIENCE[len(self.nodes) > 1] * PERIOD and calls == (
+            self.table.active_seq,
+            self.table.awaited,
         ):
             abort_all(reason)
 
@@ -229,10 +231,7 @@ class Group:
                 self._refused = (*content, time.monotonic())
             else:
                 self.answers.setdefault(content[0], []).extend(State.decode(each) for each in content[1])
-        refused = self.table.take_own_refusal()
-        for members in self.nodes:
-            if refused and self.rank not in members:
-                self.send(members[0], Wire.REFUSAL, refused)
+        self.tell_refused()
         left = []
         for source, number, when, inquiry in self._asked:
             late = time.monotonic() - when > ANSWER_SECONDS
@@ -243,6 +242,13 @@ class Group:
         self._asked = left
         return bool(left)
 
+    def tell_refused(self) -> None:
+        """Tell the ranks of other nodes which call this one refuses, once; only while MPI may be called."""
+        refused = self.table.take_own_refusal() if self.wire else None
+        for rank in chain.from_iterable(self.nodes):
+            if refused and rank not in self.table.members:
+                self.send(rank, Wire.REFUSAL, refused)
+
     def close(self) -> None:
         """Leave the watchdog; its communicator is freed (collective).
 
@@ -252,6 +258,7 @@ class Group:
             self._closed = True
         with _mpi:
             _watchdog.groups.pop(self.comm.number, None)
+            self.tell_refused()
             wire, self.wire = self.wire, None
             if wire is None:
                 return
@@ -520,6 +527,9 @@ class Watchdog:
                     group.tell()
         finally:
             with _mpi:
+                for group in list(self.groups.values()) if self.calls_mpi else []:
+                    with contextlib.suppress(ValueError):
+                        group.tell_refused()
                 self.calls_mpi = False
             if leaves:
                 leave_program()

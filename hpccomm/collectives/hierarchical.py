@@ -23,6 +23,7 @@ steps.  Zhang et al., *MiCS: near-linear scaling for training gigantic model on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -85,6 +86,12 @@ class Channels(NamedTuple):
 
 def channels_of(nodes: Any, width: int | None = None) -> Channels:
     """The channels of ranks on ``nodes`` (any integers, one a rank, in any order), by default as many as possible."""
+    return find_channels(tuple(nodes), width)
+
+
+@lru_cache(64)
+def find_channels(nodes: tuple[int, ...], width: int | None) -> Channels:
+    """The same, once for the schedules of one communicator."""
     _, node, counts = np.unique(np.asarray(nodes), return_inverse=True, return_counts=True)
     local_rank, members = members_of_nodes(node)
     width = width or int(counts.min())

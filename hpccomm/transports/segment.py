@@ -70,8 +70,8 @@ def free_in_group(root: str, path: str, limit: str, used: str, cached: str) -> i
     while True:
         with suppress(OSError, ValueError):
             most, taken = (int(read_text(f"{group}/{name}")) for name in (limit, used))
-            statistics = dict(line.split() for line in read_text(f"{group}/memory.stat").splitlines())
-            least = min(least, most - taken + int(statistics.get(cached, 0)))
+            statistics = f"\n{read_text(f'{group}/memory.stat')}"
+            least = min(least, most - taken + int(statistics.partition(f"\n{cached} ")[2].partition("\n")[0] or 0))
         if group in (root, "/"):
             return least
         group = os.path.dirname(group)
