@@ -444,6 +444,30 @@ def test_the_first_block_is_weighted_by_its_own_samples(warmup: int, skipped: bo
     assert run_on_ranks(2, body) == [-1.0] * 2
 
 
+WITHIN_WARM_UP = {
+    "bmuf": lambda comm, seen: bmuf(comm, scale(-1), 4, warmup=5, weight_by=lambda: seen[0]),
+    "bmuf, sharded": lambda comm, seen: bmuf(comm, scale(-1), 4, warmup=5, weight_by=lambda: seen[0], shard_state=True),
+    "hybrid": lambda comm, seen: hybrid(comm, mean, scale(-1), 1, period=4, warmup=5, weight_by=lambda: seen[0]),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN_WARM_UP)
+def test_a_run_that_ends_within_the_warm_up_keeps_its_weights(name: str) -> None:
+    def body(comm: Any) -> list[float]:
+        seen = [0.0]
+        method = WITHIN_WARM_UP[name](comm, seen)
+        weights = np.zeros(3)
+        state = method.init(weights)
+        for _ in range(2):
+            seen[0] += 10
+            step, state = method.update(np.ones(3), state, weights)
+            weights += step
+        step, state = method.finish(state, weights)
+        return [*(weights + step).tolist(), *np.asarray(method.export(state)).tolist()]
+
+    assert run_on_ranks(2, body) == [[-2.0] * 6] * 2
+
+
 @pytest.mark.parametrize(
     ("totals", "message"),
     [

@@ -20,7 +20,7 @@ from hpccomm.algorithms.sharded.groups import mics
 from hpccomm.algorithms.sharded.units import ShardedModel, data_parallel, zero
 from hpccomm.algorithms.transforms import scale
 from hpccomm.commands import train as command
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, MismatchError
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.train.checkpointing import ShardFolder
 from hpccomm.train.datasets import CONTEXT, Dataset
@@ -469,6 +469,25 @@ def test_a_checkpoint_loaded_within_a_step_leaves_nothing_of_the_step(
     weights = {"l.w": moved, "k.v": [4, 5]} | ({"k.w": moved} if tied else {})
     norm = pytest.approx(18**0.5 if tied else 6**0.5)
     assert run_on_ranks(4, body, [0, 0, 1, 1]) == [(start, weights, norm, 1)] * 4
+
+
+def test_a_checkpoint_is_not_loaded_within_a_step_whose_exchanges_cannot_end(tmp_path: Path) -> None:
+    """One rank has had an error before a call that the other has made."""
+
+    def body(comm: Any) -> str:
+        states = zero(comm, {"l": {"w": np.ones(4, "f4")}, "k": {"v": np.ones(2, "f4")}}, scale(-1.0))
+        save_shards(tmp_path, "run", states)
+        weights = states.gather("l")
+        if comm.rank == 0:
+            states.calls.append("reduce l")  # as reduce_accumulate notes it, without what never ends
+        with pytest.raises(MismatchError) as error:
+            load_shards(tmp_path, "run", states)
+        assert weights is not None
+        return str(error.value)
+
+    said = run_on_ranks(2, body)
+    assert said[0] == said[1]
+    assert "rank 0 has made 2 calls in this step, rank 1 1 or others: free the states" in said[0]
 
 
 @pytest.mark.parametrize("states", ["run", (np.zeros(3),), {"w": np.zeros(3)}, None])

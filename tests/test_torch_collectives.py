@@ -322,6 +322,19 @@ def test_the_end_of_coalesced_calls_raises_their_error(name: str) -> None:
     manager.wait()
 
 
+@pytest.mark.mpi(sizes=(2,))
+def test_the_end_of_coalesced_calls_keeps_no_later_call_waiting() -> None:
+    rank, x, y = dist.get_rank(), torch.ones(3), torch.ones(4)
+    with dist._coalescing_manager(device=torch.device("cpu"), async_ops=True) as manager:
+        if rank == 0:
+            dist.irecv(x, 1)
+    dist.all_reduce(y)
+    if rank == 1:
+        dist.send(torch.full((3,), 5.0), 0)
+    manager.wait()
+    assert (x[0], y[0]) == (5 if rank == 0 else 1, 2)
+
+
 def ones(count: int) -> list[Any]:
     return [torch.ones(4) for _ in range(count)]
 

@@ -260,9 +260,9 @@ class PeriodicSteps:
                 break
             step, state = self.step(np.zeros_like(local), state, local, company, alive, batches=0)
             local += step
-        if state.updates < self.warmup and self.has_groups:
-            state = self.join_groups(state)
-            local = narrow(state.start, weights.dtype)
+        if state.updates < self.warmup:  # no block has begun whose samples count
+            state = self.join_groups(state)._replace(weight_at_start=self.count_samples())
+            local = narrow(state.start, weights.dtype) if self.has_groups else local
         finished = False
         while not finished:
             target, state, finished = self.end_block(local, state, last=True)

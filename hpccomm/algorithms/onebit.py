@@ -143,7 +143,8 @@ def onebit_adam(
     One scale serves all elements; with a ``bucket`` each tensor's momentum is multiplied by σ, the mean over the
     tensors of m's root mean square at the freeze divided by its own, and divided by σ at the receiver, as in
     :func:`onebit_lamb`.  Use it where the gradients of tensors differ in magnitude.  σ is bounded: m's root mean square
-    counts as a tenth of √v's or more, and σ lies between 1e-4 and 1e4.
+    counts as at least a tenth of that of noise with the same v, and σ lies between 1e-4 and 1e4, so that a tensor whose
+    gradients pause at the freeze, for up to about 1/(1 − b2) steps, does not have the largest scale afterwards.
     """
     comm = as_communicator("onebit_adam", comm)
     check_decay("onebit_adam: b1", b1)
@@ -174,7 +175,7 @@ def onebit_adam(
             moment: Vector = np.float32(b1) * state.mean + one * mean
             variance = np.float32(b2) * state.variance + two * mean * mean
             if state.steps + 1 == freeze_step:
-                state = state._replace(scales=momentum_scales(moment, variance, places))
+                state = state._replace(scales=momentum_scales(moment, variance, places, b1))
         else:
             own: Vector = np.float32(b1) * state.mean + one * gradient
             factors = expand_scales(to_device_like(state.scales, own), places)
@@ -210,7 +211,8 @@ COEFFICIENTS = (0.01, 10.0)
 FACTORS = (0.5, 4.0)
 """Bounds of the factor of a frozen trust ratio."""
 LEAST_MOMENTUM = 0.1
-"""A tensor's root mean square momentum at the freeze counts as at least this part of that of its gradients, √v."""
+"""A tensor's root mean square momentum at the freeze counts as at least this part of √v·√((1 − b1)/(1 + b1)), which is
+that of independent gradients with the same v."""
 MOMENTUM_FACTORS = (1e-4, 1e4)
 """Bounds of the factor of a tensor's momentum."""
 FACTOR_CHANGE = 0.1
@@ -314,7 +316,7 @@ def onebit_lamb(
         direction = direction_of(moment, variance, weights)
         found = np.array([trust_ratio(weights[place], direction[place]) for place in places])
         ratios = found if state.steps == 0 else ratio_decay * state.ratios + (1 - ratio_decay) * found
-        scales = state.scales if state.steps + 1 < freeze_step else momentum_scales(moment, variance, places)
+        scales = state.scales if state.steps + 1 < freeze_step else momentum_scales(moment, variance, places, b1)
         state = state._replace(mean=moment, variance=variance, fresh_variance=variance, ratios=ratios, scales=scales)
         return state, direction, found, nbytes
 
@@ -367,7 +369,7 @@ def expand_scales(scales: npt.NDArray[np.float32], places: Sequence[slice]) -> V
     return np.repeat(scales, [place.stop - place.start for place in places])
 
 
-def momentum_scales(moment: Vector, variance: Vector, places: Sequence[slice]) -> npt.NDArray[np.float32]:
+def momentum_scales(moment: Vector, variance: Vector, places: Sequence[slice], b1: float) -> npt.NDArray[np.float32]:
     """The factors that give each tensor's momentum the mean of their root mean squares; 1 for zeros.
 
     A tensor whose gradients pause at the freeze has next to no momentum: the variance bounds its factor.
@@ -375,7 +377,7 @@ def momentum_scales(moment: Vector, variance: Vector, places: Sequence[slice]) -
     sizes = [max(1, place.stop - place.start) for place in places]
     momenta = np.array([kernels(moment).moments(moment[place])[1] for place in places]) / sizes
     gradients = np.array([kernels(variance).moments(variance[place])[0] for place in places]) / sizes
-    lengths = np.sqrt(np.maximum(momenta, LEAST_MOMENTUM**2 * gradients))
+    lengths = np.sqrt(np.maximum(momenta, LEAST_MOMENTUM**2 * (1 - b1) / (1 + b1) * gradients))
     mean = lengths.mean() if lengths.size else 0.0
     factors = np.clip(mean / np.where(lengths > 0, lengths, 1), *MOMENTUM_FACTORS)
     return np.where(lengths > 0, factors, 1).astype(np.float32)

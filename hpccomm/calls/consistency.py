@@ -942,6 +942,13 @@ def leave_program() -> None:
     _departure.leave()
 
 
-def meet_at_end(wire: Wire) -> None:
-    """Let the end of this process wait for ranks that have not come when a communicator was freed."""
+def meet_later(wire: Wire) -> None:
+    """Let the next communicator that is freed, or the end of this process, wait for ranks that have not come."""
     _departure.unmet.append(wire)
+
+
+def free_met() -> None:
+    """Free what waited for ranks that have come since."""
+    for wire in [each for each in _departure.unmet if each.has_met()]:
+        _departure.unmet.remove(wire)
+        wire.comm.Free()

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from mpi4py import MPI
 
 from hpccomm import settings
-from hpccomm.calls.consistency import leave_program, meet_at_end
+from hpccomm.calls.consistency import free_met, leave_program, meet_later
 from hpccomm.calls.departures import Launchers, Wire
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import HpccommError
@@ -60,8 +60,8 @@ FLUSH_SECONDS = 0.5
 """Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
 EXIT_SECONDS = 10.0
 """How long a rank that ends waits for its own calls, and for ranks that have not made its last calls yet."""
-FREE_SECONDS = 5.0
-"""How long a rank that frees a communicator waits for the others, before it leaves that to MPI's end."""
+FREE_SECONDS = 0.1
+"""How long a rank that frees a communicator waits for the others, before it leaves that to its next one, or the end."""
 MOST_LINES = 32
 OTHER_NODE = "on another node"
 
@@ -265,6 +265,7 @@ class Group:
             self.table.mark_gone(freed=True)
             self.table.tell_gone()
         self.table.wire = None
+        free_met()
         wire.meet()  # a message under way could reach the next communicator (seen with MPICH)
         until = time.monotonic() + FREE_SECONDS
         while not (has_met := wire.has_met()) and time.monotonic() < until:
@@ -272,7 +273,7 @@ class Group:
         if has_met:
             wire.comm.Free()
         else:
-            meet_at_end(wire)
+            meet_later(wire)
 
 
 class NewGroup(Group):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from hpccomm.calls.watchdog import FREE_SECONDS, limit_calls
+from hpccomm.calls.watchdog import limit_calls
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError
 from hpccomm.progress import complete_at_end
@@ -25,9 +25,11 @@ from hpccomm.torch.collectives import Collectives
 from hpccomm.torch.messages import Message, receive, send
 from hpccomm.torch.options import Options
 from hpccomm.torch.tensors import Tensor
-from hpccomm.torch.works import DONE, NO_LIMIT, CallQueue, Work, complete_all
+from hpccomm.torch.works import DONE, NO_LIMIT, CallQueue, Together, Work, complete_all
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+SETTLE_SECONDS = 5.0
+"""How long the end of a group waits for its calls under way."""
 """Torch's default.  Synchronous calls of a group with a shorter limit, and calls with a limit of their own, run on the
 group's thread as well, so that they can raise.  The others run in their caller's thread; the watchdog aborts all ranks
 after the group's limit."""
@@ -145,15 +147,10 @@ class Group(dist.ProcessGroup):
     def _start_coalescing(self, device: Any) -> None:
         self._coalesced = []
 
-    def _end_coalescing(self, device: Any) -> Work:
+    def _end_coalescing(self, device: Any) -> Together:
         """The handle of all asynchronous calls since coalescing began; its ``wait`` raises their first error."""
         works, self._coalesced = self._coalesced or [], None
-
-        def wait_for_all(on: Collectives) -> None:
-            for each in works:
-                each.wait()
-
-        return self._run("coalesced calls", None, wait_for_all, [])
+        return Together(works)
 
     def methods_comm(self) -> Communicator:
         """A communicator of the group's ranks for hpccomm's methods; the first call is collective.
@@ -179,7 +176,7 @@ class Group(dist.ProcessGroup):
     def shutdown(self) -> None:
         """End the threads; the communicators are freed once all calls have ended and all ranks have come here."""
         comms = self._close()
-        if self._calls.settle(time.monotonic() + FREE_SECONDS):
+        if self._calls.settle(time.monotonic() + SETTLE_SECONDS):
             for each in comms:
                 members.release(each)
 

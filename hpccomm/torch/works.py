@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -195,6 +195,36 @@ class Done(dist.Work):
 
 
 DONE = Done()
+
+
+class Together(dist.Work):
+    """The handle of several calls, whose ``wait`` waits for all of them and raises their first error."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        super().__init__()
+        self._works = works
+
+    def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
+        """Wait for all calls, each for so long."""
+        errors = list[BaseException]()
+        for each in self._works:
+            try:
+                each.wait(timeout)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether all calls have ended."""
+        return all(each.is_completed() for each in self._works)
+
+    is_success = is_completed
+
+    def synchronize(self) -> None:
+        """As :meth:`wait`."""
+        self.wait()
 
 
 class CallQueue:

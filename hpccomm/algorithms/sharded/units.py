@@ -787,7 +787,17 @@ class ShardedModel:
         self.calls.clear()
 
     def discard_step(self) -> None:
-        """Discard the gradients since the last step, and gathered units, once the exchanges under way have ended."""
+        """Discard the gradients since the last step, and gathered units, once the exchanges under way have ended.
+
+        Collective; raises on all ranks if they have made different calls since that step, of which some never end.
+        """
+        made = self.groups.world.allgather((len(self.calls), zlib.crc32("\n".join(self.calls).encode())))
+        if len({*made}) > 1:
+            other = next(rank for rank, each in enumerate(made) if each != made[0])
+            raise MismatchError(
+                f"{self.who}: rank 0 has made {made[0][0]} calls in this step, rank {other} {made[other][0]} or others: "
+                "free the states and make them anew"
+            )
         buffers = [*self.buffers, *self.gradients, *self._sums.values()]
         for future in (*(each.under_way for each in buffers), *self._second):
             if future is not None:
