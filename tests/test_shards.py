@@ -486,8 +486,7 @@ def test_a_checkpoint_is_not_loaded_within_a_step_whose_exchanges_cannot_end(tmp
         return str(error.value)
 
     said = run_on_ranks(2, body)
-    assert said[0] == said[1]
-    assert "rank 0 has made 2 calls in this step, rank 1 1 or others: free the states" in said[0]
+    assert all("in this step rank 0 has made 2 calls, rank 1 1 or others: free the states" in each for each in said)
 
 
 @pytest.mark.parametrize("states", ["run", (np.zeros(3),), {"w": np.zeros(3)}, None])

@@ -795,8 +795,8 @@ class ShardedModel:
         if len({*made}) > 1:
             other = next(rank for rank, each in enumerate(made) if each != made[0])
             raise MismatchError(
-                f"{self.who}: rank 0 has made {made[0][0]} calls in this step, rank {other} {made[other][0]} or others: "
-                "free the states and make them anew"
+                f"{self.who}: in this step rank 0 has made {made[0][0]} calls, rank {other} {made[other][0]} or "
+                "others: free the states and make them anew"
             )
         buffers = [*self.buffers, *self.gradients, *self._sums.values()]
         for future in (*(each.under_way for each in buffers), *self._second):
