@@ -244,7 +244,10 @@ def test_a_communicator_is_freed_after_the_check_of_the_watchdog_that_reads_its_
     inside, may_end, checks = threading.Event(), threading.Event(), []
 
     class Table:
-        active_seq = 0
+        active_seq = awaited = 0
+
+        def explain_awaited(self) -> None:
+            return None
 
         def write_wanted_texts(self) -> None:
             inside.set()

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.errors import ArgumentError, MismatchError
-from hpccomm.torch.decisions import COMPLETE, decide, drive
+from hpccomm.torch.decisions import COMPLETE, decide
 from hpccomm.torch.group import Group
-from hpccomm.torch.members import DECISION
+from hpccomm.torch.members import DECISION, drive
 
 POLL_SECONDS = 0.005
 

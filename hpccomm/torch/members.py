@@ -17,10 +17,10 @@ from hpccomm import launcher
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.communicator import Communicator, install_abort_hook
 from hpccomm.errors import HpccommError, LaunchError, MismatchError
-from hpccomm.torch.decisions import COMPLETE, decide, drive
+from hpccomm.torch.decisions import COMPLETE, decide
 from hpccomm.torch.meeting import GROUP_TAG, Place, await_ranks
 from hpccomm.torch.options import Options
-from hpccomm.transports.polling import await_request
+from hpccomm.transports.polling import LONGEST_SECONDS, await_request
 
 MEETING_SECONDS = 0.01
 """The longest time between two looks for the other ranks of a new group."""
@@ -104,6 +104,17 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
     decision = decide(store, DECISION, COMPLETE)
     if decision != COMPLETE:
         raise MismatchError(f"{who} cannot be made, rank {decision} has waited and timed out before: {remedy}")
+
+
+def drive(seconds: float) -> None:
+    """Drive MPI between two looks in the store: another rank may wait for a message of this one."""
+    until = time.monotonic() + seconds
+    while True:
+        MPI.COMM_SELF.Iprobe()
+        left = until - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(LONGEST_SECONDS, left))
 
 
 def forget_members(store: Any, ranks: list[int]) -> None:
