@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 
 import torch.distributed as dist
 
-from hpccomm.torch import barrier, decisions, members
+from hpccomm.torch import barrier, members
 
 
 class Drives:
@@ -49,7 +49,7 @@ class BehindMessage:
 @pytest.fixture
 def drives(monkeypatch: pytest.MonkeyPatch) -> Drives:
     made = Drives()
-    monkeypatch.setattr(decisions, "MPI", made)
+    monkeypatch.setattr(members, "MPI", made)
     monkeypatch.setattr(members, "find_left", lambda comm: [])
     monkeypatch.setitem(members._base, "comm", None)
     return made
