@@ -163,6 +163,24 @@ def test_ranks_may_end_at_their_own_pace(name: str) -> None:
     assert "has left" not in said, said
 
 
+def test_what_nodes_free_at_different_times_is_freed_with_the_next_communicator() -> None:
+    body = """
+        from hpccomm.calls import consistency
+        made = [comm.Dup() for _ in range(4)]
+        comm.Barrier()
+        if last: MPI.COMM_WORLD.recv(source=comm.rank - 2)  # of a rank that has freed three of them
+        for each in made[:3]: each.Free()
+        if not last: MPI.COMM_WORLD.send(0, comm.rank + 2)
+        MPI.COMM_WORLD.Barrier()
+        until = time.monotonic() + 60
+        while consistency._departure.unmet and time.monotonic() < until: consistency.free_met()
+        made[3].Free()
+        assert not [each for each in consistency._departure.unmet if not each.has_met()]
+    """
+    status, said = run_job(4, body)
+    assert status == 0, said
+
+
 def test_no_node_leaves_before_the_last_one() -> None:
     """A message of a rank that is late could not reach one that has ended."""
     body = """

@@ -949,6 +949,10 @@ def meet_later(wire: Wire) -> None:
 
 def free_met() -> None:
     """Free what waited for ranks that have come since."""
-    for wire in [each for each in _departure.unmet if each.has_met()]:
-        _departure.unmet.remove(wire)
-        wire.comm.Free()
+    for _ in range(len(_departure.unmet)):
+        with contextlib.suppress(IndexError):  # another thread frees, too
+            wire = _departure.unmet.pop(0)
+            if wire.has_met():
+                wire.comm.Free()
+            else:
+                meet_later(wire)
