@@ -179,8 +179,8 @@ process with a communicator of hpccomm keeps them (see [the programs](../program
 `MALLOC_MMAP_THRESHOLD_=4194304` and `MALLOC_TRIM_THRESHOLD_=8388608` set for all three launches
 (Open MPI, 2 ranks, 3 rounds, otherwise the first command above) `heat` takes 45 ms natively,
 `fft_transpose` 17, `kmeans` 18, and the medians of native / ours are between 0.88 (`pagerank`) and
-1.11 (`data_parallel_sgd`). What remains below 1 is the first call of each kind, 0.3 to 1 ms in
-loops of 7 to 60 ms, and on a new communicator, as that of `heat`, 3 ms on two ranks and 8 on four.
+1.11 (`data_parallel_sgd`). What remains below 1 is the first call of each kind, and on a new
+communicator, as that of `heat`, which loops of some milliseconds do not make good.
 
 Median of native / ours:
 

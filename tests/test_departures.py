@@ -40,6 +40,14 @@ def run_job(ranks: int, body: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def check_end(ranks: int, body: str, sentence: str = "has left the program, rank") -> str:
+    """Run a job that must end by an error with this sentence; returns its output."""
+    status, said = run_job(ranks, body)
+    assert status != 0, said
+    assert sentence in said, said
+    return said
+
+
 WAITS = {
     "Allreduce": "comm.Allreduce(x, y)",
     "native Allreduce": 'comm.Allreduce(x, y, algorithm="native")',
@@ -55,17 +63,13 @@ WAITS = {
 def test_a_node_that_leaves_is_named_at_once(name: str, ranks: int) -> None:
     """As the first call, and after others."""
     for before in ("", "comm.Allreduce(x, y); comm.Barrier(); comm.allreduce(1)"):
-        status, said = run_job(ranks, f"other = comm.Dup(); {before}\nif last: sys.exit()\n{WAITS[name]}")
-        assert status != 0, said
-        assert "has left the program, rank" in said, said
+        said = check_end(ranks, f"other = comm.Dup(); {before}\nif last: sys.exit()\n{WAITS[name]}")
         assert "not complete after" not in said, said
 
 
 def test_of_several_nodes_that_leave_each_tells_the_next() -> None:
     """The ranks of the last node wait in a call that those of both other nodes do not make."""
-    status, said = run_job(6, "comm.Barrier()\nif comm.rank < 4: sys.exit()\ncomm.Allreduce(x, y)")
-    assert status != 0, said
-    assert "has left the program, rank" in said, said
+    check_end(6, "comm.Barrier()\nif comm.rank < 4: sys.exit()\ncomm.Allreduce(x, y)")
 
 
 def test_a_node_tells_the_next_one_of_ranks_that_have_left_before_it_leaves_itself() -> None:
@@ -76,9 +80,7 @@ def test_a_node_tells_the_next_one_of_ranks_that_have_left_before_it_leaves_itse
         if comm.rank < 4: MPI.COMM_WORLD.recv(source=4)
         comm.Allreduce(x, y)
     """
-    status, said = run_job(6, body)
-    assert status != 0, said
-    assert "has left the program, rank" in said, said
+    check_end(6, body)
 
 
 REFUSED = {
@@ -103,9 +105,7 @@ def test_a_node_is_told_that_another_one_refuses_the_call_in_which_it_waits(name
             {then}
         time.sleep(1000)
     """
-    status, said = run_job(4, body)
-    assert status != 0, said
-    assert "(noticed by rank" in said, said
+    check_end(4, body, "(noticed by rank")
 
 
 NON_BLOCKING = {"the first": "", "a later one": "comm.Iallreduce(x, y).Wait(); comm.Barrier()"}
@@ -113,9 +113,7 @@ NON_BLOCKING = {"the first": "", "a later one": "comm.Iallreduce(x, y).Wait(); c
 
 @pytest.mark.parametrize("name", NON_BLOCKING)
 def test_a_node_that_leaves_without_a_non_blocking_call_is_named_at_once(name: str) -> None:
-    status, said = run_job(4, f"{NON_BLOCKING[name]}\nif last: sys.exit()\ncomm.Iallreduce(x, y).Wait()")
-    assert status != 0, said
-    assert "has left the program, rank" in said, said
+    check_end(4, f"{NON_BLOCKING[name]}\nif last: sys.exit()\ncomm.Iallreduce(x, y).Wait()")
 
 
 FREES = {
@@ -130,16 +128,12 @@ FREES = {
 def test_a_rank_that_has_freed_the_communicator_is_named_at_once(name: str, call: str) -> None:
     """It waits in the program for the others, which wait in their call."""
     body = f"other = comm.Dup()\n{FREES[name]}\nelse: other.{call}\ncomm.Barrier()"
-    status, said = run_job(4 if "another" in name else 2, body)
-    assert status != 0, said
-    assert "has freed this communicator, rank" in said, said
+    check_end(4 if "another" in name else 2, body, "has freed this communicator, rank")
 
 
 def test_a_node_that_ends_mpi_is_named_at_once() -> None:
     body = "comm.Barrier()\nif last:\n    MPI.Finalize()\n    time.sleep(1000)\ncomm.Allreduce(x, y)"
-    status, said = run_job(4, body)
-    assert status != 0, said
-    assert "has left the program, rank" in said, said
+    check_end(4, body)
 
 
 ENDS = {

@@ -155,15 +155,16 @@ class Group:
 
         A rank that can look itself raises the error, and has some time for that.
         """
-        calls = self.table.active_seq, self.table.awaited
+        calls = self._find_calls()
         reason = self.table.deadlock_reason() if calls[0] else self.table.explain_awaited()
         if reason is None or calls != self._since[0]:
             self._since = (calls if reason else (0, 0), time.monotonic())
-        elif time.monotonic() - self._since[1] > PATIENCE[len(self.nodes) > 1] * PERIOD and calls == (
-            self.table.active_seq,
-            self.table.awaited,
-        ):
+        elif time.monotonic() - self._since[1] > PATIENCE[len(self.nodes) > 1] * PERIOD and calls == self._find_calls():
             abort_all(reason)
+
+    def _find_calls(self) -> tuple[int, int]:
+        """The call in which this rank is, and that of the request of MPI for which it waits; 0 for none."""
+        return self.table.active_seq, self.table.awaited
 
     def _check_refused(self) -> None:
         """Abort all ranks if one of this node waits in a call that a rank of another node has refused."""

@@ -27,9 +27,9 @@ from hpccomm.torch.options import Options
 from hpccomm.torch.tensors import Tensor
 from hpccomm.torch.works import DONE, NO_LIMIT, CallQueue, Together, Work, complete_all
 
-DEFAULT_TIMEOUT = timedelta(minutes=30)
 SETTLE_SECONDS = 5.0
 """How long the end of a group waits for its calls under way."""
+DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Torch's default.  Synchronous calls of a group with a shorter limit, and calls with a limit of their own, run on the
 group's thread as well, so that they can raise.  The others run in their caller's thread; the watchdog aborts all ranks
 after the group's limit."""

@@ -791,7 +791,7 @@ class ShardedModel:
 
         Collective; raises on all ranks if they have made different calls since that step, of which some never end.
         """
-        made = self.groups.world.allgather((len(self.calls), zlib.crc32("\n".join(self.calls).encode())))
+        made = self.groups.world.allgather(self._digest_calls())
         if len({*made}) > 1:
             other = next(rank for rank, each in enumerate(made) if each != made[0])
             raise MismatchError(
@@ -839,11 +839,14 @@ class ShardedModel:
                 "make as many on all ranks, with gradients of zeros where data is missing; the weights are as they were"
             )
 
+    def _digest_calls(self) -> tuple[int, int]:
+        """How many calls this rank has made in this step, and a hash of their names in order."""
+        return len(self.calls), zlib.crc32("\n".join(self.calls).encode())
+
     def _check_same_calls(self) -> None:
         """Raise on all ranks of the partition group unless they made the same calls in the same order."""
         partition = self.groups.partition
-        mine = np.array([len(self.calls), zlib.crc32("\n".join(self.calls).encode())], np.int64)
-        everyone = np.empty((self.ranks, 2), np.int64)
+        mine, everyone = np.array(self._digest_calls(), np.int64), np.empty((self.ranks, 2), np.int64)
         partition.Allgather(mine, everyone)
         if (everyone == everyone[0]).all():
             return
